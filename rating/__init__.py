@@ -1,0 +1,1 @@
+"""The rating: turns stored energy per 1,000 queries into stars."""
