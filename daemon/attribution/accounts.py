@@ -75,18 +75,9 @@ def divide(
     active = _active_uj(window, floor_mw)
     touched = overlap.sum(axis=1) > 0
     stray_uj, quiet_uj = _stray(window, active, touched, above_uj, floor)
-    covered_ns = sum(c.end_ns - c.start_ns for c, t in zip(window.slices, _in_service(window, services), strict=True) if t)
-    standing_uj = round(floor_uj * covered_ns / (window.end_ns - window.start_ns))
+    in_flight = _in_flight_ns(window, services)
+    standing_uj = round(floor_uj * _covered_ns(window, services) / (window.end_ns - window.start_ns))
     active_uj = above_uj - stray_uj - quiet_uj
-    # a query whose lead or tail alone reaches the window has no time in it, and no part in the standing watts
-    in_flight = _intersect(
-        np.array([0.0]),
-        np.array([float(window.end_ns - window.start_ns)]),
-        np.array([float(s.start_ns - window.start_ns) for s in services]),
-        np.array([float(max(s.end_ns, s.start_ns + 1) - window.start_ns) for s in services]),
-    )[0]
-    if not in_flight.any():
-        standing_uj = 0
     if not overlap.any():
         active_uj, quiet_uj = 0, above_uj - stray_uj
     keys = [s.query_id for s in services]
@@ -104,9 +95,24 @@ def _active_uj(window: Window, floor_mw: int) -> NDArray[np.float64]:
     return np.array([c.energy_uj - energy_uj(floor_mw, c.end_ns - c.start_ns) for c in window.slices], dtype=np.float64)
 
 
-def _in_service(window: Window, services: Sequence[Service]) -> list[bool]:
-    """Whether any query was in flight (lead and tail not counted) during each slice."""
-    return [any(s.start_ns < c.end_ns and s.end_ns > c.start_ns for s in services) for c in window.slices]
+def _in_flight_ns(window: Window, services: Sequence[Service]) -> NDArray[np.float64]:
+    """Time in flight of each service within the window, ns; lead and tail do not count: no part in the idle watts."""
+    spans = (_clip(window, s) for s in services)
+    return np.array([max(0, end_ns - start_ns) for start_ns, end_ns in spans], dtype=np.float64)
+
+
+def _covered_ns(window: Window, services: Sequence[Service]) -> int:
+    """How long at least one query was in flight within the window, ns."""
+    covered_ns, reached_ns = 0, window.start_ns
+    for start_ns, end_ns in sorted(_clip(window, s) for s in services):
+        if end_ns > reached_ns:
+            covered_ns += end_ns - max(start_ns, reached_ns)
+            reached_ns = end_ns
+    return covered_ns
+
+
+def _clip(window: Window, service: Service) -> tuple[int, int]:
+    return max(service.start_ns, window.start_ns), min(max(service.end_ns, service.start_ns + 1), window.end_ns)
 
 
 def _stray(
