@@ -1,0 +1,130 @@
+"""The report of a run for people, and its JSON form (pure)."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .order import Order, Outcome
+from .tasks import Task
+
+_BASES = (
+    ("gpu_run", "whole GPU over the run"),
+    ("serving", "active plus idle watts while served"),
+    ("active", "what the queries caused"),
+)
+
+
+def as_json(outcome: Outcome, order: Order) -> dict[str, Any]:
+    """One object: the run as it is stored, without prompts."""
+    return {
+        "run_id": outcome.run_id,
+        "status": outcome.status,
+        "stored": outcome.stored,
+        "task": order.task.task_id,
+        "model": order.model,
+        "batch_size": order.batch_size,
+        "url": outcome.url,
+        "provenance": outcome.provenance,
+        "summary": outcome.summary,
+    }
+
+
+def text(outcome: Outcome, order: Order) -> str:
+    """The report: energy by basis first, then time, then what keeps it from being official."""
+    s = outcome.summary
+    lines = [
+        f"{order.task.title} · {order.model} · batch {order.batch_size} · {s['n']} queries"
+        + (f" · {s['failed']} FAILED" if s["failed"] else "")
+        + (f" · {outcome.status.upper()}" if outcome.status != "complete" else ""),
+        f"{s['hardware'] or 'hardware unknown'} · {s['engine']} · source {s['source'] or 'none'}",
+        "",
+        *_energy(s),
+        "",
+        f"  latency      {_quantiles(s, '')}",
+        f"  first byte   {_quantiles(s, 'first_byte_')}",
+        f"  rate         {_n(s['queries_per_s'])} queries/s   {_n(s['tokens_per_s'])} tokens/s"
+        f" (counts: {s['tokens_source'] or 'none'})",
+        f"  client gap   {_s(s['client_gap_s'])} between groups, {_percent(s['client_gap_share'])} of the run",
+        *_failures(s),
+        *_reasons(s["not_official_because"]),
+        "",
+        f"run {outcome.run_id}" + ("" if outcome.stored else " (not stored)"),
+    ]
+    return "\n".join(lines)
+
+
+def task_table(tasks: Iterable[Task]) -> str:
+    """The tasks, one a line."""
+    rows = [("task", "protocol", "dataset", "queries", "new tokens", "precision", "bench")]
+    for t in tasks:
+        tokens = "-" if t.max_new_tokens is None else str(t.max_new_tokens)
+        ready = "ready" if t.implemented else "not yet"
+        rows.append((t.task_id, t.protocol, t.dataset.dataset_id, str(t.dataset.count), tokens, t.precision, ready))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+
+
+def task_json(task: Task) -> dict[str, Any]:
+    """One task as JSON."""
+    return {
+        "task": task.task_id,
+        "title": task.title,
+        "pipeline": task.pipeline,
+        "implemented": task.implemented,
+        "protocol": task.protocol,
+        "precision": task.precision,
+        "has_classes": task.has_classes,
+        "default_model": task.default_model,
+        "phases": list(task.phases),
+        "apis": list(task.apis),
+        "dataset": task.dataset.dataset_id,
+        "columns": list(task.dataset.columns),
+        "count": task.dataset.count,
+        "sample": task.dataset.sample,
+        "parameters": dict(task.parameters),
+    }
+
+
+def _energy(s: Mapping[str, Any]) -> list[str]:
+    if s["source"] is None:
+        return ["  energy       not measured"]
+    mark = "   PROVISIONAL" if s["provisional"] else ""
+    lines = [f"  Wh per 1,000 queries{mark}"]
+    for basis, meaning in _BASES:
+        value = s[f"{basis}_wh_per_1000"]
+        error = f" ± {s['abs_u_wh']:.2g}" if basis == "gpu_run" and value is not None else ""
+        lines.append(f"    {basis:<9} {_n(value)}{error}   ({meaning})")
+    lines += [
+        "",
+        f"  idle         {_n(s['idle_w'])} W",
+        f"  per token    {_n(s['j_per_token'])} J, of it caused {_n(s['active_j_per_token'])} J",
+    ]
+    return lines
+
+
+def _quantiles(s: Mapping[str, Any], name: str) -> str:
+    return "   ".join(f"{q} {_s(s[f'{name}{q}_s'])}" for q in ("p50", "p95", "p99"))
+
+
+def _failures(s: Mapping[str, Any]) -> list[str]:
+    if not s["failed"]:
+        return []
+    lines = ["", f"  {s['failed']} of {s['sent']} requests failed; their energy is part of gpu_run:"]
+    lines += [f"    sample {f['idx']}: {f['error']}" for f in s["failures"][:5]]
+    return lines
+
+
+def _reasons(reasons: Iterable[str]) -> list[str]:
+    found = list(reasons)
+    return ["", "  not official:", *(f"    - {r}" for r in found)] if found else []
+
+
+def _n(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
+
+
+def _s(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g} s"
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{100 * value:.2g} %"
