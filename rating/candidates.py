@@ -8,7 +8,7 @@ from energyd.daemon.errors import UsageError
 from energyd.daemon.records import Basis, Run
 
 from .cohort import CLASSED_TASKS, CLASSES, Entry, Setup, canonical_task
-from .official import ESTIMATED, HARDWARE, REFUSED, deviations
+from .official import HARDWARE, REFUSED, deviations, is_estimated
 
 RATEABLE = (Basis.GPU_RUN, Basis.SERVING, Basis.ACTIVE)
 COMPLETE = "complete"
@@ -127,14 +127,15 @@ def _unsaid(run: Run, setup: Setup) -> tuple[str, ...]:
 def _refusal(run: Run, setup: Setup, energy: float | None, include_estimates: bool) -> str | None:
     if run.status != COMPLETE:
         return f"the run is {run.status}, not complete"
+    if setup.failed and setup.n is not None:
+        sent = setup.n + setup.failed  # `n` counts the good ones
+        if setup.failed > FAILED_SHARE_MAX * sent:
+            return f"{setup.failed} of {sent} queries failed, {100 * setup.failed / sent:.1f} % (at most 1 % may)"
     if setup.n == 0:
         return "the run has no measured query"
-    if setup.failed and setup.n and setup.failed > FAILED_SHARE_MAX * setup.n:
-        share = f"{100 * setup.failed / setup.n:.1f} %"
-        return f"{setup.failed} of {setup.n} queries failed ({share}; at most {100 * FAILED_SHARE_MAX:.0f} % may)"
     if energy is None:
         return f"the run has no {setup.basis} energy"
-    if setup.source in ESTIMATED and not include_estimates:
+    if is_estimated(setup.source) and not include_estimates:
         return REFUSED.format(source=setup.source)
     return None
 

@@ -26,8 +26,8 @@ def canonical_task(name: str) -> str:
 class Setup:
     """How a figure came about. None: not stated.
 
-    `rel_u`: one standard deviation, relative, without the sensor's gain. `n` and `failed` count queries.
-    `not_official`: why the figure cannot be an official one; empty says that nothing is known against it.
+    `rel_u`: one standard deviation, relative, without the sensor's gain. `n` counts the queries that the figure is of,
+    `failed` those beside them. `not_official`: why the figure cannot be official; empty: nothing known against it.
     """
 
     basis: str | None = None

@@ -15,7 +15,7 @@ def significant(value: float, digits: int = DIGITS) -> str:
 
 
 def decimals(value: float, digits: int = DIGITS) -> int:
-    """Decimals after the point (negative: before it) that show `digits` significant ones, after rounding (9.9996 is 10)."""
+    """Decimals after the point (negative: before it) for `digits` significant ones; 9.9996 has 2, as 10.00."""
     if value == 0 or not math.isfinite(value):
         return digits - 1
     exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])

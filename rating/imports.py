@@ -15,7 +15,7 @@ from energyd.daemon.errors import DataError
 from energyd.daemon.records import Source
 
 from .cohort import CLASSES, Entry, Setup, canonical_task
-from .official import ESTIMATED, REFUSED, deviations
+from .official import REFUSED, deviations, is_estimated
 
 ENERGY = "gpu_energy_wh_per_1000"
 REQUIRED = ("edition", "task", "model_class", "model", ENERGY)
@@ -97,7 +97,7 @@ def _entry(cells: dict[str, str], where: str, include_estimates: bool) -> Entry:
     energy = _energy(cells[ENERGY], where)
     setup = _setup(cells)
     refusal = NO_ENERGY if energy is None else None
-    if setup.source in ESTIMATED and not include_estimates:
+    if is_estimated(setup.source) and not include_estimates:
         refusal = REFUSED.format(source=setup.source)
     return Entry(
         model=cells["model"].strip(),
@@ -127,7 +127,7 @@ def _energy(cell: str, where: str) -> float | None:
 
 
 def _setup(cells: dict[str, str]) -> Setup:
-    """What the file says of the set-up; a `source` counts only if it is one of ours (others cite their origin there)."""
+    """What the file says of the set-up; a `source` counts only if it is one of ours (others cite an origin there)."""
 
     def told(column: str) -> str | None:
         return cells.get(column, "").strip() or None
@@ -136,7 +136,7 @@ def _setup(cells: dict[str, str]) -> Setup:
     rel_u = float(cells["rel_u"]) if _NUMBER.fullmatch(cells.get("rel_u", "")) else None
     stated = Setup(
         basis=told("basis"),
-        source=source if source in {*Source} else None,
+        source=source if source and {*source.split("+")} <= {*Source} else None,
         hardware=told("hardware"),
         engine=told("engine"),
         precision=told("precision"),

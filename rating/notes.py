@@ -75,16 +75,16 @@ def _spread(cohort: Cohort) -> Iterable[str]:
     counts, n = _star_counts(cohort)
     if cohort.bands is None or not n:
         return
-    whose = "in the published cohort " if cohort.frozen else ""
+    whose = "in the published cohort" if cohort.frozen else "here"
     others = n - 1
     if n >= 3 and counts[4] == 1 and counts[0] >= _CROWDED * others:
-        culprit = "its worst model" if cohort.frozen else cohort.grades[-1].entry.model
+        culprit = f"the worst model {whose}" if cohort.frozen else cohort.grades[-1].entry.model
         yield (
-            f"outlier: {whose}{culprit} ({significant(cohort.bands.worst)}) alone sets the width of the bands and "
+            f"outlier: {culprit} ({significant(cohort.bands.worst)}) alone sets the width of the bands and "
             f"gives {counts[0]} of the other {others} models 5 stars; look at rank and ratio instead"
         )
     elif n < FEW:
-        yield f"{whose or 'here '}only {n} models were compared: the best is always 5 stars, the worst always 1"
+        yield f"only {n} models {whose}: the best is always 5 stars, the worst always 1"
 
 
 def _star_counts(cohort: Cohort) -> tuple[Sequence[int], int]:

@@ -13,7 +13,7 @@ from .cohort import Setup
 
 HARDWARE = "H100-80GB"
 ESTIMATED = frozenset({Source.ESTIMATE.value, Source.EMULATED.value})
-"""Sources that measured nothing: refused unless asked for, and then marked."""
+"""Sources that measured nothing: refused unless asked for, and then marked. Published editions hold none."""
 REFUSED = "source {source}, not a measurement: rated only with --include-estimates"
 
 
@@ -21,6 +21,11 @@ def is_official_hardware(name: str) -> bool:
     """Whether a device name as the driver tells it is the method's own; an H100 NVL has 94 GB and is not."""
     told = name.upper().replace(" ", "").replace("-", "")
     return "H100" in told and ("80GB" in told or "PCIE" in told)
+
+
+def is_estimated(source: str | None) -> bool:
+    """Whether any part of a source (several GPUs: joined by '+') measured nothing. False where no source is stated."""
+    return source is not None and any(part in ESTIMATED for part in source.split("+"))
 
 
 def deviations(setup: Setup, told: Sequence[str] = ()) -> tuple[str, ...]:
@@ -32,7 +37,7 @@ def deviations(setup: Setup, told: Sequence[str] = ()) -> tuple[str, ...]:
     found = list(told)
     if setup.hardware and not is_official_hardware(setup.hardware) and not _any_of(mentioned, "hardware", "h100"):
         found.append(f"hardware {setup.hardware}, not {HARDWARE}")
-    if setup.source in ESTIMATED and str(setup.source) not in mentioned:
+    if is_estimated(setup.source) and str(setup.source) not in mentioned:
         found.append(f"source {setup.source}, not a measurement")
     if setup.basis and setup.basis != Basis.GPU_RUN:
         found.append(f"basis {setup.basis}, not {Basis.GPU_RUN.value}")

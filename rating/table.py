@@ -15,7 +15,7 @@ from .cohort import Cohort, Grade, Setup
 from .editions import Edition
 from .figures import DIGITS, plus_minus, printable, significant, star_row
 from .notes import cohort_notes
-from .official import ESTIMATED
+from .official import is_estimated
 from .render import UNIT, Rating, Scope, official
 
 _METHODS = {METHOD_RANGE: "range (five equal-width bands between best and worst)"}
@@ -149,7 +149,7 @@ def _cohort_table(
 def _star_cell(rating: Rating, grade: Grade, ascii_only: bool) -> str:
     """The stars, and in the same cell what keeps them from being an official rating."""
     marks = []
-    if grade.entry.setup.source in ESTIMATED:
+    if is_estimated(grade.entry.setup.source):
         marks.append(str(grade.entry.setup.source))
     if official(rating, grade) is False:
         marks.append("not official")
