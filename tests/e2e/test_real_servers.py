@@ -227,7 +227,7 @@ def test_every_query_gets_an_energy(metered: Metered, answers: dict[str, Answer]
 def test_the_books_balance(metered: Metered, answers: dict[str, Answer]) -> None:
     """`energyd audit` proves the ledger to the microjoule while the daemon writes it."""
     metered.settled({answer.header("x-energyd-id") or "" for answer in answers.values()})
-    assert "0 µJ" in energyd("audit", "--db", str(metered.db)).stdout
+    assert "residual 0 µJ" in energyd("audit", "--db", str(metered.db)).stdout
 
 
 def test_prompt_and_key_are_nowhere(metered: Metered, answers: dict[str, Answer]) -> None:
