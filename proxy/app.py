@@ -68,8 +68,9 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
 async def work(
     settings: Settings, bound: socket.socket, *, ready: Callable[[], None], parent: int | None = None
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second SIGINT ends the draining. `ready` is called once connections are
-    accepted. `parent`: stop also when this process is no longer our parent.
+    """Serve until SIGTERM or SIGINT, then drain; a second SIGINT ends the draining.
+
+    `ready` is called once connections are accepted. `parent`: stop also when that process is no longer our parent.
     """
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_only_the_type)
@@ -135,14 +136,14 @@ class Worker:
         self._delivery = asyncio.create_task(self._deliver())
 
     async def stop(self, hurry: asyncio.Event | None = None) -> None:
-        """Accept nothing more, let requests in flight end (at most `drain_s`, or until `hurry`), deliver what they told."""
+        """Accept nothing more, let requests end (for at most `drain_s`, or until `hurry`), deliver what they told."""
         self._listener.close()
         self.forwarder.draining = True
         for connection in self._server.connections:
             if not self.forwarder.busy(connection):  # closing a busy one would lose the rest of its upload
                 connection.close()
         until = time.monotonic() + self._settings.drain_s
-        while self.forwarder.in_flight and time.monotonic() < until and not (hurry and hurry.is_set()):
+        while self.forwarder.in_flight and time.monotonic() < until and not (hurry and hurry.is_set()):  # noqa: ASYNC110 - three conditions, one of them a clock
             await asyncio.sleep(0.02)
         if self.forwarder.in_flight:
             _LOG.warning("energyd proxy: %d requests did not end in time and are cut off", self.forwarder.in_flight)
@@ -163,7 +164,7 @@ class Worker:
 
 
 async def _stop_when_orphaned(parent: int, stop: asyncio.Event) -> None:
-    while os.getppid() == parent:
+    while os.getppid() == parent:  # noqa: ASYNC110 - nothing tells a process that its parent died
         await asyncio.sleep(1)
     stop.set()
 

@@ -46,7 +46,7 @@ Example:
 @click.option(
     "--tenant-header",
     metavar="HEADER",
-    help="Take the tenant's name from this header instead of a keyed hash of the key. Only behind something that sets it.",
+    help="Take the tenant's name from this header, which something you trust sets, not from a keyed hash of the key.",
 )
 @click.option(
     "--host-header",
@@ -72,7 +72,7 @@ Example:
     help="How long to let requests end after SIGTERM.",
 )
 def proxy(
-    upstream: str, listen_on: str, db: Path | None, name: str | None, gpus: tuple[str, ...], workers: int,
+    *, upstream: str, listen_on: str, db: Path | None, name: str | None, gpus: tuple[str, ...], workers: int,
     tenant_header: str | None, host_header: str, spool_limit: int, drain: float,
 ) -> None:  # fmt: skip
     """Forward every request to an inference server and tell the daemon who asked for what, and when.

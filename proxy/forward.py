@@ -2,11 +2,14 @@
 
 The observer (`record.Watch`) is told of bytes after they were passed on, and can neither fail nor delay a request.
 
-What each precaution prevents: `handler_cancellation` lets a client's leaving abort the upstream at once (else a generation
-runs on for nobody); `auto_decompress=False` on both sides keeps encoded bodies and their lengths true; own framing of the
-response keeps aiohttp from adding Date, Server and Content-Type; no total timeout lets a generation take an hour;
-connections to the upstream are reused for less than the 5 s after which uvicorn closes them, because a POST that meets a
-closing connection cannot be retried.
+What each precaution prevents: `handler_cancellation` lets a client's leaving abort the upstream at once (else a
+generation runs on for nobody); `auto_decompress=False` on both sides keeps encoded bodies and their lengths true; own
+framing of the response keeps aiohttp from adding Date, Server and Content-Type; no total timeout lets a generation take
+an hour; connections to the upstream are reused for less than the 5 s after which uvicorn closes them, because a POST
+that meets a closing connection cannot be retried.
+
+Two things are not passed on: trailers (aiohttp's parser drops them) and request header bytes that are no UTF-8 (they
+arrive as the UTF-8 of their Latin-1 reading).
 """
 
 import json
@@ -37,7 +40,7 @@ _QUIET: Final = logging.Logger("energyd.proxy.http", logging.CRITICAL + 1)  # no
 class Upstream:
     """The server behind the proxy. `base`: `scheme://host:port` and an optional path prefix, without a final slash.
 
-    `own_host`: send the upstream's own name as `Host` instead of what the client sent (endpoints behind a shared front).
+    `own_host`: send the upstream's own name as `Host`, not what the client sent (endpoints behind a shared front).
     """
 
     base: str
@@ -68,7 +71,7 @@ class _ClientGoneError(Exception):
 
 
 class _Refusal(Exception):  # noqa: N818 - an answer, not a defect
-    """We answer this request ourselves. `code` goes into `x-energyd-error`, so that it is told from upstream's answers."""
+    """We answer this request ourselves; `code` goes into `x-energyd-error`, to tell it from upstream's answers."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -216,8 +219,7 @@ class Forwarder:
                 reply.begin(answer.status, answer.reason or "", fields)
                 await _relay(answer.content, reply, watch)
             finally:
-                answer.close()  # without effect on a response that was read to its end, whose connection is back in the pool
-            return QueryStatus.OK
+                answer.close()  # no effect on a response read to its end: its connection is back in the pool
         except _Refusal as refusal:
             await _refuse(request, reply, watch, refusal)
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as e:
@@ -227,6 +229,8 @@ class Forwarder:
                 reply.break_off()
             else:
                 await _refuse(request, reply, watch, _reason(e, body))
+        else:
+            return QueryStatus.OK
         return QueryStatus.FAILED
 
     def _ask(self, request: web.BaseRequest, target: str, body: "_Body") -> Awaitable[aiohttp.ClientResponse]:
@@ -282,7 +286,7 @@ class _Body:
 
 
 async def _relay(content: aiohttp.StreamReader, reply: Reply, watch: Watch) -> None:
-    """The body of a response, each read written at once; the head leaves with the first read if that is already here."""
+    """The body of a response, each read written at once; the head leaves with the first read if that is here."""
     data = content.read_nowait()
     if not data and not content.at_eof():
         await reply.push()

@@ -1,6 +1,6 @@
 """Which header fields travel through a proxy, and the bytes of a response head. Pure.
 
-Names and values are kept as the bytes that arrived: order, spelling and duplicates (`Set-Cookie`) are not ours to change.
+Names and values are kept as the bytes that arrived: order, spelling and duplicates (`Set-Cookie`) are not ours.
 """
 
 from collections.abc import Iterable
@@ -10,8 +10,8 @@ Field = tuple[bytes, bytes]
 _HOP_BY_HOP = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"te", b"transfer-encoding", b"upgrade"})
 """RFC 9110 §7.6.1: fields that speak to the next hop only."""
 _NEVER_BY_NAME = frozenset({b"content-length", b"host", b"content-type", b"content-encoding"})
-"""`Connection` may name fields to drop, but not those that say where a message goes, what it is and where it ends: dropping
-Content-Length because a client named it there is a known way to smuggle a second request past a proxy."""
+"""`Connection` may name fields to drop, but not those that say where a message goes, what it is and where it ends:
+dropping Content-Length because a client named it there is a known way to smuggle a second request past a proxy."""
 _REPORT = b"x-energyd-report"
 QUERY_ID = b"x-energyd-id"
 ERROR = b"x-energyd-error"
@@ -42,8 +42,9 @@ def wants_report(fields: Iterable[Field]) -> bool:
 
 
 def upstream_request(fields: Iterable[Field]) -> list[Field]:
-    """What the upstream gets: end-to-end fields without ours, and without `Expect`, which we answer ourselves (as nginx
-    does): a server that never sends `100 Continue` would otherwise stall the upload.
+    """What the upstream gets: end-to-end fields without ours and without `Expect`.
+
+    We answer `Expect` ourselves, as nginx does: a server that never sends `100 Continue` would stall the upload.
     """
     return [field for field in forwarded(fields) if field[0].lower() not in {_REPORT, b"expect"}]
 

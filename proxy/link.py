@@ -27,7 +27,7 @@ class Link:
         self._session: aiohttp.ClientSession | None = None
 
     async def hello(self, message: wire.Hello) -> int:
-        """Introduce a worker; returns the sequence number up to which its events are committed. Raises DaemonAwayError."""
+        """Introduce a worker; returns the number up to which its events are committed. Raises DaemonAwayError."""
         body = await self._post(wire.PATH_HELLO, message)
         try:
             return msgspec.msgpack.decode(body, type=wire.HelloReply).acked_seq

@@ -1,7 +1,8 @@
 """What the bytes of a request and its response tell: model, task, token usage, times of streamed chunks.
 
-Pure and incremental: bytes in, facts out, no clock, no I/O. Nothing of a prompt or an answer leaves this module, and what it
-holds is bounded: a 64 KiB prefix of a request, 1 MiB of a plain response (then its head and tail only), one SSE event.
+Pure and incremental: bytes in, facts out, no clock, no I/O. Nothing of a prompt or an answer leaves this module, and
+what it holds is bounded: a 64 KiB prefix of a request, 1 MiB of a plain response (then its head and tail only), one SSE
+event of at most about 1 MiB.
 """
 
 import re
@@ -92,8 +93,8 @@ def model_in_path(path: str) -> str | None:
 def scan_object(prefix: bytes) -> tuple[str | None, bool]:
     """Top-level `model` (a string) and `stream` (true) of a JSON object of which `prefix` is the beginning.
 
-    Nested keys and text inside strings do not count; of duplicates the last one counts, as in JSON parsers. None, False if
-    they are missing, of another type, or lie beyond the prefix.
+    Nested keys and text inside strings do not count; of duplicates the last one counts, as in JSON parsers. None, False
+    if they are missing, of another type, or lie beyond the prefix.
     """
     model: str | None = None
     stream = False
@@ -161,8 +162,8 @@ class RequestWatch:
 class ResponseWatch:
     """Sees a response's body pass by.
 
-    `prompt_tokens`, `completion_tokens`: what the server reported last (None: not reported). `chunks`: number of content
-    chunks streamed so far. `model`: as the server named it. Only identity, gzip and deflate bodies are read.
+    `prompt_tokens`, `completion_tokens`: what the server reported last (None: not reported). `chunks`: number of
+    content chunks streamed so far. `model`: as the server named it. Only identity, gzip and deflate bodies are read.
     """
 
     def __init__(self, content_type: str, content_encoding: str = "") -> None:
@@ -333,8 +334,9 @@ def _has_content(event: _Event) -> bool:
 
 
 def _choice_has_content(choice: object) -> bool:
-    """A choice with text or a delta is a step of the engine, also if its text is empty (a half UTF-8 character, the end
-    token). The opening chunk that only says `role: assistant` is none.
+    """Whether a choice shows a step of the engine: any text or delta, also empty (half a character, the end token).
+
+    The opening chunk that only says `role: assistant` shows none.
     """
     if not isinstance(choice, dict):
         return False

@@ -5,8 +5,8 @@ r"""Events on their way to the daemon: delivered in order, exactly once, and nev
     put --> memory --sender--> daemon          (the daemon is up: nothing touches the disk)
                \\--guard--> spool --sender--> daemon   (an event that waited 0.5 s is written to disk)
 
-An event is forgotten only after the daemon's 200. One that arrives twice (the 200 was lost, the spool overlaps) has its old
-sequence number, by which the daemon knows it. Numbers are given out without gaps: what is dropped never had one.
+An event is forgotten only after the daemon's 200. One that arrives twice (the 200 was lost, the spool overlaps) has its
+old sequence number, by which the daemon knows it. Numbers are given out without gaps: what is dropped never had one.
 """
 
 import asyncio
@@ -55,9 +55,7 @@ class _Waiting:
 
 
 class Outbox:
-    """The outbox of one worker. `tell` is called before each delivery and puts what open queries have to say;
-    `open_queries` says how many there are.
-    """
+    """The outbox of one worker: `put` from the event loop, `run` as a task, `farewell` at the end."""
 
     def __init__(
         self,
@@ -109,7 +107,7 @@ class Outbox:
                 await asyncio.sleep(_PERIOD_S)
 
     async def farewell(self) -> None:
-        """Deliver everything and say bye; if the daemon is away, leave it in the spool. Call it after `run` has ended."""
+        """Deliver everything and say bye; if the daemon is away, leave it in the spool. Call it after `run` ended."""
         try:
             async with asyncio.timeout(_FAREWELL_S):
                 while True:
@@ -225,7 +223,7 @@ class Outbox:
             self.counts.spool_errors += 1
             if self.counts.spool_errors == 1:
                 _LOG.warning(
-                    "energyd proxy: cannot write to %s (%s); queries stay in memory, at most %d events, waiting since %.1f s",
+                    "energyd proxy: cannot write to %s (%s); queries wait in memory, at most %d events, since %.1f s",
                     self._spool_dir, e.strerror, self._memory_events, seconds(now_ns - self._memory[0].since_ns),
                 )  # fmt: skip
 

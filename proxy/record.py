@@ -1,7 +1,7 @@
 """One query in flight, and what is told about it: `Open`, `Progress`, `Close`; and the book of those still open.
 
-Whatever fails in here (observing, counting, queueing) is counted and swallowed: the traffic comes first. That rule is kept
-in one place, `Watch`, the only thing that forwarding sees.
+Whatever fails in here (observing, counting, queueing) is counted and swallowed: the traffic comes first. That rule is
+kept in one place, `Watch`, the only thing that forwarding sees.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ Put = Callable[[wire.Event], None]
 
 @dataclass(slots=True)
 class Counts:
-    """What the proxy counts of its own failures. `observe_errors`: queries whose observation broke (traffic went on)."""
+    """What a worker counts. `observe_errors`: steps of observation that broke, while the traffic went on."""
 
     observe_errors: int = 0
     requests: int = 0
@@ -47,7 +47,7 @@ def cut_name(name: str | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Tenants:
-    """Who asked: a keyed hash of the credential, or the value of a trusted header. The credential itself is never kept."""
+    """Who asked: a keyed hash of the credential, or the value of a trusted header. Credentials are never kept."""
 
     key: bytes
     trusted_header: str | None = None
@@ -190,8 +190,9 @@ class Book:
 
 
 class Watch:
-    """What forwarding tells about a request. No call raises, waits or blocks: a failure ends the observation, is counted,
-    and the request goes on.
+    """What forwarding tells about a request.
+
+    No call raises, waits or blocks: a failure ends the observation, is counted, and the request goes on.
     """
 
     def __init__(

@@ -11,8 +11,9 @@ _KEY_BYTES = 32
 
 
 def tenant_key(db: Path) -> bytes:
-    """The key beside the ledger `db` (`<stem>.tenant-key`, 0600), made if it is missing; raises UsageError if it is damaged
-    or cannot be made.
+    """The key beside the ledger `db` (`<stem>.tenant-key`, 0600), made if it is missing.
+
+    Raises UsageError if it is damaged or cannot be made.
     """
     path = db.with_suffix(".tenant-key").absolute()
     make_private(path.parent)

@@ -5,9 +5,9 @@
     file  = frame*            the first frame is the worker's Hello, each further one a wire.Batch
     frame = length u32 le, CRC-32 of the payload u32 le, payload (msgpack)
 
-A plain write is enough: it survives a kill -9 of the proxy, not a power cut. A last frame that was cut off is ignored; it
-can only hold what was being written when the writer died. The writer holds an exclusive lock as long as it lives, so a file
-whose lock is free belongs to a dead worker, and whoever takes the lock delivers it.
+A plain write is enough: it survives a kill -9 of the proxy, not a power cut. A last frame that was cut off is ignored;
+it can only hold what was being written when the writer died. The writer holds an exclusive lock as long as it lives, so
+a file whose lock is free belongs to a dead worker, and whoever takes the lock delivers it.
 
 Format history: 1 (0.1.0), the version of the Hello.
 """
@@ -203,8 +203,9 @@ def after(batch: wire.Batch, acked_seq: int) -> wire.Batch | None:
 
 
 def _write_frame(fd: int, offset: int, payload: bytes) -> int:
-    """Write one frame at `offset`; returns where the next begins. On failure the file ends at `offset` again: garbage in
-    the middle would hide every later frame from the reader.
+    """Write one frame at `offset`; returns where the next begins.
+
+    On failure the file ends at `offset` again: garbage in the middle would hide every later frame from the reader.
     """
     frame = _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
     view = memoryview(frame)

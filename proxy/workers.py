@@ -1,4 +1,4 @@
-"""Several workers on one port: processes that share it by SO_REUSEPORT, started and restarted by a parent that serves none."""
+"""Workers of one port: processes that share it by SO_REUSEPORT, kept alive by a parent that serves nothing itself."""
 
 import asyncio
 import logging
@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 
@@ -72,10 +73,8 @@ def _child(settings: Settings, host: str, port: int, report: Connection, parent:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def ready() -> None:
-        try:
+        with suppress(OSError):  # a replacement: nobody waits for it
             report.send(True)
-        except OSError:
-            pass  # a replacement: nobody waits for it
         report.close()
 
     bound = listen(host, port, shared=True)
