@@ -45,7 +45,10 @@ _AHEAD_NS: Final = 50 * NS_PER_MS
 _PROBES: Final = 3
 """NOT_SUPPORTED can be transient under fast polling: ask this often before believing it."""
 _BACKOFF_NS: Final = (NS_PER_S, 60 * NS_PER_S)
-_GATE_S: Final = 2.0
+_DRAIN_S: Final = 0.5
+"""How long readings are held back for one that hangs, when a new session must be opened: less than a poll."""
+_ANSWER_S: Final = 2.0
+"""How long a reading waits for a new session to be open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +247,9 @@ class _Gate:
     Nobody waits long: a call that hangs in the driver must block nothing but itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, drain_s: float = _DRAIN_S, answer_s: float = _ANSWER_S) -> None:
+        self._drain_s = drain_s
+        self._answer_s = answer_s
         self._changed = threading.Condition()
         self._inside = 0
         self._alone = False
@@ -253,7 +258,7 @@ class _Gate:
     def shared(self) -> Iterator[None]:
         """Pass with others; raises RetryReading if a new session is being opened and does not come to an end."""
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._alone, _GATE_S):
+            if not self._changed.wait_for(lambda: not self._alone, self._answer_s):
                 raise RetryReading("NVML is being opened again by another thread and does not answer")
             self._inside += 1
         try:
@@ -267,10 +272,13 @@ class _Gate:
     def alone(self) -> Iterator[None]:
         """Pass alone; raises RetryReading if some other call does not return."""
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._alone and not self._inside, _GATE_S):
-                raise RetryReading("another NVML call hangs, and opening a new session would break it")
-            self._alone = True
+            if self._alone:
+                raise RetryReading("another thread is opening NVML again")
+            self._alone = True  # from here on nobody enters, or busy readers would keep us out for ever
+            drained = self._changed.wait_for(lambda: not self._inside, self._drain_s)
         try:
+            if not drained:
+                raise RetryReading("another NVML call hangs, and opening a new session would break it")
             yield
         finally:
             with self._changed:
