@@ -133,7 +133,7 @@ def parse_trace(text: bytes, *, thin_ns: int = THIN_NS) -> Trace:
     try:
         file = msgspec.json.decode(text, type=_File)
     except msgspec.ValidationError as e:
-        raise TraceError(f"{e}; see the trace format in the README") from e
+        raise TraceError(f"{e}; `python -m pydoc energyd.daemon.trace` shows the format") from e
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise TraceError(f"not a complete JSON document ({e}); record it again or use another file") from e
     except RecursionError as e:
