@@ -12,6 +12,7 @@ from .official import HARDWARE, REFUSED, deviations, is_estimated
 
 RATEABLE = (Basis.GPU_RUN, Basis.SERVING, Basis.ACTIVE)
 COMPLETE = "complete"
+_DIGEST_SHOWN = 12
 FAILED_SHARE_MAX = 0.01
 """Above it a run has no figure: the energy of failed queries is in it, their number is not in the denominator."""
 
@@ -82,7 +83,7 @@ def _entry(run: Run, basis: Basis, include_estimates: bool, classes: Mapping[str
         model_class=classes.get(run.model) or _class(run.provenance.get("model_class")),
         edition=None,
         energy_wh_per_1000=energy,
-        setup=setup,
+        setup=replace(setup, class_guessed=setup.class_guessed and run.model not in classes),
         refusal=_refusal(run, setup, energy, include_estimates),
     )
 
@@ -96,7 +97,7 @@ def _setup(run: Run, basis: Basis) -> Setup:
         engine=_text(summary.get("engine")),
         precision=_text(provenance.get("precision")),
         protocol=_text(provenance.get("protocol")),
-        dataset=_text(provenance.get("dataset")),
+        dataset=_dataset(provenance),
         batch_size=str(run.batch_size),
         n=_count(summary.get("n")),
         failed=_count(summary.get("failed")),
@@ -106,6 +107,7 @@ def _setup(run: Run, basis: Basis) -> Setup:
         p50_s=_number(summary.get("p50_s")),
         idle_w=_number(summary.get("idle_w")),
         run_id=run.run_id,
+        class_guessed=canonical_task(run.task) in CLASSED_TASKS and provenance.get("model_class_source") == "name",
     )
     return replace(setup, not_official=deviations(setup, _told(run)) or _unsaid(run, setup))
 
@@ -145,6 +147,12 @@ def class_hint(entry: Entry) -> str | None:
     if entry.task not in CLASSED_TASKS or entry.model_class is not None:
         return None
     return f"give `--model-class {entry.model}=A` here or `--model-class A` to `energyd bench`"
+
+
+def _dataset(provenance: Mapping[str, object]) -> str | None:
+    """Name and the beginning of the hash: files of one name with other contents are other datasets."""
+    name, digest = _text(provenance.get("dataset")), _text(provenance.get("dataset_sha256"))
+    return f"{name or 'unnamed'}@{digest[:_DIGEST_SHOWN]}" if digest else name
 
 
 def _class(value: object) -> str | None:

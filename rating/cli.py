@@ -20,6 +20,7 @@ from .cohort import Entry, Frozen, canonical_task, key_of_run, rate_against, rat
 from .editions import Edition
 from .figures import star_row
 from .imports import read_csv
+from .notes import warnings
 from .render import Rating, Scope, as_csv, as_json, rows
 from .table import as_table, editions_table
 
@@ -252,6 +253,10 @@ def _bytes(path: Path) -> bytes:
 def _print(rating: Rating, form: str, output: Path | None) -> None:
     if form == "csv":
         _write(as_csv(rating), output)
+        # A CSV has no place for notes, but figures of different set-ups are never mixed silently.
+        for cohort in rating.outcome.cohorts:
+            for warning in warnings(cohort.grades):
+                click.echo(f"energyd: {cohort.key}: {warning}", err=True)
     elif form == "json":
         _write(as_json(rating), output)
     else:

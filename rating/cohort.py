@@ -28,6 +28,7 @@ class Setup:
 
     `rel_u`: one standard deviation, relative, without the sensor's gain. `n` counts the queries that the figure is of,
     `failed` those beside them. `not_official`: why the figure cannot be official; empty: nothing known against it.
+    `class_guessed`: the model class was read off the model's name by the bench, nobody stated it.
     """
 
     basis: str | None = None
@@ -45,6 +46,7 @@ class Setup:
     p50_s: float | None = None
     idle_w: float | None = None
     run_id: str | None = None
+    class_guessed: bool = False
     not_official: tuple[str, ...] = ()
 
 

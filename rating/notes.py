@@ -30,6 +30,7 @@ def cohort_notes(cohort: Cohort) -> tuple[str, ...]:
     return (
         *warnings(cohort.grades),
         *_not_official(cohort.grades),
+        *_guessed(cohort.grades),
         *_clamped(cohort),
         *_spread(cohort),
         *_unsure(cohort.grades),
@@ -50,13 +51,22 @@ def warnings(grades: Sequence[Grade]) -> tuple[str, ...]:
 
 
 def _not_official(grades: Sequence[Grade]) -> Iterable[str]:
+    """What all share is said once, what sets some apart by their names."""
+    reasons = [g.entry.setup.not_official for g in grades]
+    shared = [r for r in reasons[0] if all(r in other for other in reasons)] if len(grades) > 1 else []
+    if shared:
+        yield f"not official (every figure here): {'; '.join(shared)}"
     by_reason: dict[tuple[str, ...], list[Grade]] = {}
     for grade in grades:
-        if grade.entry.setup.not_official:
-            by_reason.setdefault(grade.entry.setup.not_official, []).append(grade)
-    for reasons, members in by_reason.items():
-        who = "every model here" if len(members) == len(grades) > 1 else _names(members)
-        yield f"not official ({who}): {'; '.join(reasons)}"
+        if own := tuple(r for r in grade.entry.setup.not_official if r not in shared):
+            by_reason.setdefault(own, []).append(grade)
+    for own, members in by_reason.items():
+        yield f"not official ({_names(members, grades)}): {'; '.join(own)}"
+
+
+def _guessed(grades: Sequence[Grade]) -> Iterable[str]:
+    if guessed := [g for g in grades if g.entry.setup.class_guessed]:
+        yield f"class guessed from the name ({_names(guessed, grades)}): state it with --model-class MODEL=CLASS"
 
 
 def _clamped(cohort: Cohort) -> Iterable[str]:
@@ -66,7 +76,7 @@ def _clamped(cohort: Cohort) -> Iterable[str]:
         if grade.clamped is not None:
             end, edge = ("best", cohort.bands.best) if grade.clamped == "below" else ("worst", cohort.bands.worst)
             yield (
-                f"clamped ({grade.entry.model}): {_figure(grade)} lies {grade.clamped} the edition's {end}, "
+                f"clamped ({_label(grade, cohort.grades)}): {_figure(grade)} lies {grade.clamped} the edition's {end}, "
                 f"{significant(edge)}; its {grade.stars} stars say no more than that"
             )
 
@@ -78,7 +88,7 @@ def _spread(cohort: Cohort) -> Iterable[str]:
     whose = "in the published cohort" if cohort.frozen else "here"
     others = n - 1
     if n >= 3 and counts[4] == 1 and counts[0] >= _CROWDED * others:
-        culprit = f"the worst model {whose}" if cohort.frozen else cohort.grades[-1].entry.model
+        culprit = f"the worst model {whose}" if cohort.frozen else _label(cohort.grades[-1], cohort.grades)
         yield (
             f"outlier: {culprit} ({significant(cohort.bands.worst)}) alone sets the width of the bands and "
             f"gives {counts[0]} of the other {others} models 5 stars; look at rank and ratio instead"
@@ -97,7 +107,7 @@ def _unsure(grades: Sequence[Grade]) -> Iterable[str]:
     for grade in grades:
         if grade.stars_within_u and grade.stars_within_u[0] != grade.stars_within_u[1]:
             low, high = grade.stars_within_u
-            yield f"unsure ({grade.entry.model}): within ± one standard deviation it is {low} to {high} stars"
+            yield f"unsure ({_label(grade, grades)}): within ± one standard deviation it is {low} to {high} stars"
 
 
 def _standing(grades: Sequence[Grade]) -> Iterable[str]:
@@ -109,20 +119,26 @@ def _standing(grades: Sequence[Grade]) -> Iterable[str]:
             mostly.append(grade)
     if mostly:
         yield (
-            f"mostly idle watts x latency ({_names(mostly)}): less than half of the figure was caused by the queries; "
-            "another host with the same GPU can differ by 2x. See the active column"
+            f"mostly idle watts x latency ({_names(mostly, grades)}): less than half of the figure was caused by the "
+            "queries; another host with the same GPU can differ by 2x. See the active column"
         )
 
 
 def _zeros(grades: Sequence[Grade]) -> Iterable[str]:
     if zeros := [g for g in grades if g.entry.energy_wh_per_1000 == 0]:
-        yield f"zero ({_names(zeros)}): 0 Wh is what a meter reports that could not read the GPU"
+        yield f"zero ({_names(zeros, grades)}): 0 Wh is what a meter reports that could not read the GPU"
 
 
-def _names(grades: Sequence[Grade]) -> str:
-    names = list(dict.fromkeys(g.entry.model for g in grades))
+def _names(some: Sequence[Grade], grades: Sequence[Grade]) -> str:
+    names = [_label(g, grades) for g in some]
     more = len(names) - _NAMES_MAX
     return ", ".join(names[:_NAMES_MAX]) + (f" and {more} more" if more > 0 else "")
+
+
+def _label(grade: Grade, grades: Sequence[Grade]) -> str:
+    """The model, with its rank where the cohort has several figures of it."""
+    name = grade.entry.model
+    return f"{name} [rank {grade.rank}]" if sum(g.entry.model == name for g in grades) > 1 else name
 
 
 def _figure(grade: Grade) -> str:

@@ -51,6 +51,8 @@ class Rating:
     @property
     def title(self) -> str:
         """One line that says what the stars are, and what they are not."""
+        if self.scope is Scope.EDITION and self.header is not None:
+            return "The rows of the file rated against the published editions"
         return TITLES[self.scope]
 
 

@@ -38,7 +38,7 @@ def as_table(rating: Rating, *, width: int, colour: bool = False, ascii_only: bo
     console = _console(width, colour)
     console.print(Text(_plain(rating.title, ascii_only), style="bold"))
     method = f"method {_METHODS.get(rating.method, rating.method)}"
-    legend = f"{method} · {UNIT}, {DIGITS} significant digits, ± one standard deviation"
+    legend = f"{method} · {UNIT}, {DIGITS} significant digits, ± one standard deviation (sensor gain aside)"
     console.print(Text(_plain(legend, ascii_only)))
     for cohort in rating.outcome.cohorts:
         console.print()
@@ -96,7 +96,8 @@ def _compared(cohort: Cohort) -> str:
     span = f", {significant(bands.best)} to {significant(bands.worst)}" if bands else ""
     if cohort.frozen:
         return f"{cohort.frozen.n} published models{span}"
-    return f"{len(cohort.grades)} models{span}"
+    n = len(cohort.grades)
+    return f"{n} model{'s' if n > 1 else ''}{span}"
 
 
 def _split(grades: Sequence[Grade]) -> tuple[list[str], list[tuple[str, Callable[[Setup], str | None]]]]:
@@ -148,6 +149,8 @@ def _cohort_table(
 
 def _star_cell(rating: Rating, grade: Grade, ascii_only: bool) -> str:
     """The stars, and in the same cell what keeps them from being an official rating."""
+    if grade.stars is None:
+        return star_row(None)
     marks = []
     if is_estimated(grade.entry.setup.source):
         marks.append(str(grade.entry.setup.source))

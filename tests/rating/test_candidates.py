@@ -106,6 +106,18 @@ def test_the_class_comes_from_the_run_or_from_the_command(run_of: RunFactory) ->
     assert [e.model_class for e in entries] == ["C", "B", None]
 
 
+def test_a_guessed_class_is_told_apart_from_a_stated_one(run_of: RunFactory) -> None:
+    """A class that the bench read off the name stays marked until somebody states it."""
+    run = run_of(model="m", provenance={"model_class_source": "name"})
+    assert [entries_of([run], classes=c)[0].setup.class_guessed for c in ({}, {"m": "A"})] == [True, False]
+
+
+def test_datasets_of_one_name_are_told_apart(run_of: RunFactory) -> None:
+    """The hash of the file stands beside its name."""
+    run = run_of(provenance={"dataset": "mine", "dataset_sha256": "0123456789abcdef"})
+    assert entries_of([run])[0].setup.dataset == "mine@0123456789ab"
+
+
 def test_a_model_name_may_hold_an_equals_sign() -> None:
     """The last one separates the class."""
     assert class_overrides(["m=x=a"], ["m=x"]) == {"m=x": "A"}

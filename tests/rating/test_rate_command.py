@@ -134,6 +134,13 @@ def test_a_refused_rating_is_a_warning_only(rate: Rate, run_of: RunFactory, ledg
     assert "the rating was not kept in the ledger: the daemon refused the rating (500" in result.stderr
 
 
+def test_a_csv_of_mixed_set_ups_warns_beside_it(rate: Rate, run_of: RunFactory, ledger_of: LedgerFactory) -> None:
+    """The CSV stays clean; what differs between its figures is told on stderr."""
+    result = rate("--db", ledger_of([run_of("a"), run_of("b", batch_size=32)]), "--format", "csv")
+    assert result.stdout.startswith("edition,task,")
+    assert "2025-12 text_generation class A: warning: these figures differ in batch size (1, 32)" in result.stderr
+
+
 def test_runs_among_themselves(rate: Rate, run_of: RunFactory, ledger_of: LedgerFactory) -> None:
     """The demo's table: estimates of runs without a class, compared with each other."""
     runs = [run_of(m, wh, source="estimate", provenance={"model_class": None}) for m, wh in (("a", 1.0), ("b", 2.0))]

@@ -142,6 +142,19 @@ def test_an_estimate_is_marked_in_its_line(run_of: RunFactory) -> None:
     assert "★★★★☆ estimate, not official" in _line(text, "★")
 
 
+def test_reasons_that_all_share_are_said_once(run_of: RunFactory) -> None:
+    """What every figure has in common stands once; what sets one apart names it, by rank where a model is there twice."""
+    text = _table(_runs(*(run_of("m", 20.0 + b, hardware="NVIDIA H200", batch_size=b) for b in (1, 32))))
+    assert "not official (every figure here): hardware NVIDIA H200, not H100-80GB" in text
+    assert "not official (m [rank 2]): batch size 32, not 1" in text
+
+
+def test_a_guessed_class_is_told(run_of: RunFactory) -> None:
+    """The cohort follows from the class, so a guess is no silent matter."""
+    text = _table(_runs(run_of("m-8b", 20.0, provenance={"model_class_source": "name"})))
+    assert "class guessed from the name (m-8b): state it with --model-class MODEL=CLASS" in text
+
+
 def test_a_refused_run_is_listed_with_the_reason(run_of: RunFactory) -> None:
     """What has no star is not left out."""
     text = _table(_runs(run_of("m", 20.0, source="estimate")))
