@@ -104,6 +104,8 @@ class Steps:
 def demo(keep: Path | None, samples: int, serve_python: Path | None) -> None:
     """Meter, replay and rate three tiny models on this machine, in a few minutes and offline."""
     click.echo(_BANNER)
+    if keep is not None and (keep / "energyd.db").exists():
+        raise UsageError(f"--keep {keep} holds an earlier demonstration; name another folder or remove that one")
     python = find_python(serve_python, here=Path.cwd())
     with ExitStack() as stack:
         stack.enter_context(_terminated_as_interrupted())
@@ -274,8 +276,6 @@ def _where_next(places: Places, *, kept: bool) -> None:
 @contextmanager
 def _folder(keep: Path | None) -> Iterator[Path]:
     if keep is not None:
-        if (keep / "energyd.db").exists():
-            raise UsageError(f"--keep {keep} holds an earlier demonstration; name another folder or remove that one")
         keep.mkdir(parents=True, exist_ok=True)
         yield keep.absolute()
         return

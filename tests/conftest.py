@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-
 from energyd.bench.companion import Companion, free_port
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +51,12 @@ def transformers_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     port = free_port()
     arguments = ["-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1", "--port", str(port)]
     yield from running("transformers serve", [str(python), *arguments, "--device", "cpu"], folder, port, {})
+
+
+@pytest.fixture(scope="session")
+def serve_python() -> Path:
+    """The Python of the environment that has `transformers serve`."""
+    return environment("serve")
 
 
 def environment(name: str) -> Path:
