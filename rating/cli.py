@@ -171,19 +171,20 @@ def _of_file(
     frozen: bool,
     include_estimates: bool,
 ) -> Rating:
-    header, entries = read_csv(_bytes(path), str(path), include_estimates=include_estimates)
+    where = "standard input" if str(path) == "-" else str(path)
+    header, entries = read_csv(_bytes(path), where, include_estimates=include_estimates)
     if frozen:
         if edition:
             _edition(edition, shipped)
-        entries = _only_task(entries, task, str(path))
+        entries = _only_task(entries, task, where)
         outcome = rate_against(entries, lambda entry: _find_frozen(entry, shipped, edition))
         return Rating(Scope.EDITION, outcome, header)
     if edition:
         there = sorted({e.edition for e in entries if e.edition})
         entries = [e for e in entries if e.edition == edition]
         if not entries:
-            raise UsageError(f"{path}: no row of edition {edition!r}; editions there: {', '.join(there) or 'none'}")
-    return Rating(Scope.FILE, rate_among(_only_task(entries, task, str(path))), header)
+            raise UsageError(f"{where}: no row of edition {edition!r}; editions there: {', '.join(there) or 'none'}")
+    return Rating(Scope.FILE, rate_among(_only_task(entries, task, where)), header)
 
 
 def _find_frozen(entry: Entry, shipped: Sequence[Edition], edition: str | None) -> Frozen | str:
@@ -282,7 +283,8 @@ def _takes_stars() -> bool:
 
 def _write(text: str, output: Path | None) -> None:
     if output is None:
-        click.echo(text, nl=False)
+        # As bytes: a CSV with a model name beyond the terminal's encoding must not fail half-way.
+        click.echo(text.encode(), nl=False)
         return
     try:
         output.write_text(text, encoding="utf-8", newline="")

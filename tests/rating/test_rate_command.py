@@ -1,7 +1,10 @@
 """`energyd rate` as a user calls it, on real files and a real ledger."""
 
 import json
+import os
 import socketserver
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -238,3 +241,29 @@ def test_bad_input_is_one_clear_line(
     assert result.stderr.startswith("energyd: ")
     assert result.stderr.count("\n") == 1
     assert message.format(tmp=tmp_path) in result.stderr
+
+
+def test_a_csv_does_not_depend_on_the_terminals_encoding(table: Path) -> None:
+    """CSV is UTF-8 whatever the terminal is; the table falls back to ASCII."""
+    table.write_text(table.read_text(encoding="utf-8") + "2025-12,text_generation,A,modèle-√,50\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    printed = {
+        form: subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "from energyd.daemon.cli import main; main()",
+                "rate",
+                "--input",
+                str(table),
+                "--format",
+                form,
+            ],
+            env=environment,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for form in ("csv", "table")
+    }
+    assert "modèle-√" in printed["csv"].decode("utf-8")
+    assert b"***.. " in printed["table"]

@@ -143,7 +143,7 @@ def test_an_estimate_is_marked_in_its_line(run_of: RunFactory) -> None:
 
 
 def test_reasons_that_all_share_are_said_once(run_of: RunFactory) -> None:
-    """What every figure has in common stands once; what sets one apart names it, by rank where a model is there twice."""
+    """What every figure has in common stands once; what sets one apart names it, with its rank if need be."""
     text = _table(_runs(*(run_of("m", 20.0 + b, hardware="NVIDIA H200", batch_size=b) for b in (1, 32))))
     assert "not official (every figure here): hardware NVIDIA H200, not H100-80GB" in text
     assert "not official (m [rank 2]): batch size 32, not 1" in text
