@@ -52,9 +52,7 @@ def test_tinymodels_refuses_an_unknown_size(capsys: pytest.CaptureFixture[str], 
     assert not (tmp_path / "m").exists()
 
 
-def test_the_whole_demonstration_ends_with_stars_and_balanced_books(
-    transformers_server: object, tmp_path: Path
-) -> None:
+def test_the_whole_demonstration_ends_with_stars(serve_python: Path, tmp_path: Path) -> None:
     """With a few queries a model: banner, a star table of three models, books that balance, and no process left."""
     command = [sys.executable, "-P", "-c", "from energyd.daemon.cli import main; main(prog_name='energyd')", "demo"]
     options = ["--samples", "4", "--serve-python", str(serve_python), "--keep", str(tmp_path / "demo")]
