@@ -301,4 +301,5 @@ def _keep(rating: Rating, path: Path, method: str, basis: str) -> None:
             of_edition = [row for row in given if row["edition"] == edition]
             store(StoredRating(uuid.uuid4().hex, Clock.start().now_ns(), edition, method, basis, of_edition), path)
     except EnergydError as e:
-        click.echo(f"energyd: the rating was not kept in the ledger: {e}; --no-store leaves that out", err=True)
+        why = " ".join(str(e).split())  # a daemon's answer may have several lines
+        click.echo(f"energyd: the rating was not kept in the ledger: {why} (--no-store leaves that out)", err=True)

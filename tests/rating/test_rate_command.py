@@ -91,6 +91,7 @@ def _daemon(path: Path, status: int) -> Iterator[list[dict[str, Any]]]:
                 taken.append(msgspec.msgpack.decode(body))
             self.send_response(status)
             self.end_headers()
+            self.wfile.write(b"several\nlines\n" if status != 200 else b"")
 
         def log_message(self, *_: object) -> None:
             """Nothing to say on stderr."""
@@ -134,7 +135,7 @@ def test_a_refused_rating_is_a_warning_only(rate: Rate, run_of: RunFactory, ledg
     assert result.exit_code == 0
     assert "★★★★★" in result.stdout
     assert result.stderr.count("\n") == 1
-    assert "the rating was not kept in the ledger: the daemon refused the rating (500" in result.stderr
+    assert f"the rating was not kept in the ledger: the daemon at {socket_path(path)} answered 500" in result.stderr
 
 
 def test_a_csv_of_mixed_set_ups_warns_beside_it(rate: Rate, run_of: RunFactory, ledger_of: LedgerFactory) -> None:
