@@ -66,3 +66,7 @@ def _command(found: object) -> click.Command:
 @click.version_option(version("energyd"), prog_name="energyd")
 def main() -> None:
     """The electricity meter for AI inference: measured energy per query, and stars that anyone can verify."""
+
+
+if __name__ == "__main__":
+    main()

@@ -143,6 +143,11 @@ class Views:
             )
         )
 
+    def run_servers(self, run_id: str) -> list[str]:
+        """Names of the servers that answered a run's samples."""
+        sql = "SELECT DISTINCT q.server FROM run_samples s JOIN queries q USING (query_id) WHERE s.run_id = ?"
+        return [row[0] for row in self.db.execute(sql, [run_id]).fetchall() if row[0]]
+
     def events(self, limit: int = 50) -> list[Row]:
         """The newest events, newest first."""
         return list(self.db.query("SELECT * FROM events ORDER BY event_id DESC LIMIT ?", [limit]))

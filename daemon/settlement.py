@@ -83,7 +83,8 @@ class Books:
         now_ns: int,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         spool_dir: Path | None = None,
-        on_settled: Callable[[Window, Settlement], None] | None = None,
+        on_settled: Callable[[Settlement, Mapping[str, str]], None] | None = None,
+        on_final: Callable[[str], None] | None = None,
     ) -> None:
         self.ledger = ledger
         self.host_id = host_id
@@ -94,7 +95,8 @@ class Books:
         self.limits = limits
         self.late_queries = 0
         self._spool_dir = spool_dir
-        self._on_settled = on_settled or (lambda _w, _s: None)
+        self._on_settled = on_settled or (lambda _settlement, _models: None)
+        self._on_final = on_final or (lambda _query_id: None)
         self._gpus: dict[str, _GpuBooks] = {}
         self._workers: dict[str, WorkerState] = {}
         self._book = ActivityBook()
@@ -163,7 +165,7 @@ class Books:
     def take(self, batch: Batch, now_ns: int) -> int:
         """Store a worker's events and use them; returns how many were new. Raises KeyError for a stranger."""
         worker = self._workers[batch.worker]
-        worker.heard_ns = now_ns
+        worker.heard_ns, worker.dropped = now_ns, batch.dropped
         events = [_shifted(e, worker.offset_ns) for e in batch.events]
         watermark_ns = batch.watermark_ns + worker.offset_ns
         if batch.events or watermark_ns - worker.watermark_ns > NS_PER_S:
@@ -237,7 +239,8 @@ class Books:
         settled = 0
         for state in self._gpus.values():
             while state.pending and self._ready(state.pending[0]):
-                self._settle(state, state.pending.popleft().window, now_ns)
+                self._settle(state, state.pending[0].window, now_ns)
+                state.pending.popleft()  # only now: a ledger that refuses (disk full) leaves the window to be tried again
                 settled += 1
         self._finish(now_ns)
         return settled
@@ -292,7 +295,7 @@ class Books:
         ]
         settlement = divide(window, reached, state.floor, self.policy, self.rival)
         if self.ledger.settle(settlement, window.end_ns, now_ns):
-            self._on_settled(window, settlement)
+            self._on_settled(settlement, {a.query_id: a.model for a in near})
         state.settled_until_ns = max(state.settled_until_ns, window.end_ns)
         charged = {c.query_id for c in settlement.charges}
         for activity in near:
@@ -308,7 +311,12 @@ class Books:
         if not done:
             return
         self.ledger.finish(self._final(a) for a in done)
+        self._forget(done)
+
+    def _forget(self, done: Sequence[Activity]) -> None:
         self._book.drop(a.query_id for a in done)
+        for activity in done:
+            self._on_final(activity.query_id)
 
     def _settled_past(self, activity: Activity, now_ns: int) -> bool:
         reach_ns = (activity.end_ns or now_ns) + TAIL_NS
@@ -327,7 +335,7 @@ class Books:
         """A recording is over: queries that outlast its last window are final with what they have."""
         left = self._book.closed_queries()
         self.ledger.finish(self._final(a) for a in left)
-        self._book.drop(a.query_id for a in left)
+        self._forget(left)
 
     # -- what can be asked --------------------------------------------------------------------------------------------
 
@@ -344,9 +352,23 @@ class Books:
         chosen = list(gpus) if gpus is not None else list(self._gpus)
         return min((self._gpus[g].settled_until_ns for g in chosen), default=0)
 
+    def processes_changed(self, gpu: str) -> None:
+        """Another server was loaded on the GPU, or one left: its idle level is a new one."""
+        self._gpus[gpu].floor.processes_changed()
+
     def idle_floor_mw(self, gpu: str) -> int | None:
         """The idle floor of a GPU as it is now, mW; None: unknown."""
         return self._gpus[gpu].floor.mw
+
+    def gpus_of_servers(self, servers: Iterable[str]) -> frozenset[str]:
+        """UUIDs of the GPUs that these servers (by name) run on; all, for a server that no worker names any more."""
+        named = {name: gpus for w in self._workers.values() for name, gpus in w.servers.items()}
+        return frozenset().union(*(named.get(s, self._all_gpus()) for s in servers))
+
+    @property
+    def dropped_events(self) -> int:
+        """Events that the workers known now had to drop."""
+        return sum(w.dropped for w in self._workers.values())
 
     @property
     def open_queries(self) -> int:

@@ -41,6 +41,11 @@ def uj_from_wh(energy_wh: float) -> int:
     return round(energy_wh * UJ_PER_WH)
 
 
+def watts(power_mw: float) -> float:
+    """MW (milliwatts) to W."""
+    return power_mw / MW_PER_W
+
+
 def seconds(duration_ns: float) -> float:
     """Ns to s."""
     return duration_ns / NS_PER_S

@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +11,7 @@ import click
 
 from . import paths
 from .errors import UsageError
-from .units import joules, seconds, watt_hours
+from .units import joules, seconds, watt_hours, watts
 
 if TYPE_CHECKING:
     from .ledger import Ledger
@@ -221,16 +221,58 @@ def status(db: Path | None, *, as_json: bool) -> None:
         return
     click.echo(f"energyd {found['version']} on host {found['host_id']}, ledger {found['db']}, policy {found['policy']}")
     for gpu in found["gpus"]:
-        watts = "unknown" if gpu["power_mw"] is None else f"{gpu['power_mw'] / 1000:.1f} W"
-        click.echo(f"  GPU {gpu['index']} {gpu['name']} ({gpu['source']}): {watts} now, {gpu['state']}")
+        power = "unknown" if gpu["power_mw"] is None else f"{watts(gpu['power_mw']):.1f} W"
+        click.echo(f"  GPU {gpu['index']} {gpu['name']} ({gpu['source']}): {power} now, {gpu['state']}")
     age_ns = found["oldest_unsettled_age_ns"]
     age = "none" if age_ns is None else f"oldest {seconds(age_ns):.1f} s"
     click.echo(f"  not settled: {joules(found['unsettled_uj']):,.1f} J ({age}); {found['open_queries']} queries in flight")
     click.echo(f"  proxy workers: {found['workers']}")
 
 
+def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that `daemon` and `start` share."""
+    options = (
+        click.option("--admin", default="127.0.0.1:9709", show_default=True, help="Where /metrics and the JSON API listen."),
+        click.option("--sensor", type=click.Choice(["nvml", "estimate", "replay", "none"]), default="nvml", show_default=True,
+                     help="nvml: the GPU's counter. estimate: CPU busy share x watts, marked. replay: a recorded trace."),
+        click.option("--trace", type=click.Path(path_type=Path), help="The recorded trace for --sensor replay."),
+        click.option("--estimate-watts", type=float, help="Nameplate power for --sensor estimate."),
+        click.option("--gpu", multiple=True, help="Index of a GPU to meter; repeat for more. [default: all]"),
+        click.option("--idle-watts", type=float, help="Idle power of a GPU until a quiet moment was seen."),
+        click.option("--policy", type=click.Choice(["time", "tokens"]), default="time", show_default=True,
+                     help="How queries share what they caused."),
+        click.option("--horizon", type=float, default=600.0, show_default=True,
+                     help="Seconds after which an open query no longer holds up the others' figures."),
+        click.option("--recovery-wait", type=float, default=120.0, show_default=True,
+                     help="Seconds to wait for a silent proxy after a start or a loss."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command(epilog="Example: energyd daemon --sensor nvml --admin 127.0.0.1:9709")
-@click.pass_context
-def daemon(ctx: click.Context) -> None:
+@DB
+@daemon_options
+def daemon(db: Path | None, **options: Any) -> None:
     """Run the meter, the ledger and the admin port without a proxy."""
-    raise NotImplementedError
+    import asyncio
+    import logging
+
+    from .config import Address, Settings
+    from .service import Service
+
+    logging.basicConfig(level=logging.INFO, format="energyd daemon: %(levelname)s %(message)s")
+    settings = Settings.checked(
+        db=ledger_path(db).absolute(),
+        admin=Address.parse(options["admin"], "--admin"),
+        sensor=options["sensor"],
+        trace=options["trace"],
+        estimate_watts=options["estimate_watts"],
+        gpus=options["gpu"],
+        idle_watts=options["idle_watts"],
+        policy=options["policy"],
+        horizon_s=options["horizon"],
+        recovery_wait_s=options["recovery_wait"],
+    )
+    asyncio.run(Service(settings).run())
