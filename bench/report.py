@@ -12,6 +12,9 @@ _BASES = (
     ("active", "what the queries caused"),
 )
 
+_MOSTLY = 0.5
+"""Below this active share of the whole-GPU figure the report says that the rest is idle power."""
+
 
 def as_json(outcome: Outcome, order: Order) -> dict[str, Any]:
     """One object: the run as it is stored, without prompts."""
@@ -35,14 +38,16 @@ def text(outcome: Outcome, order: Order) -> str:
         f"{order.task.title} · {order.model} · batch {order.batch_size} · {s['n']} queries"
         + (f" · {s['failed']} FAILED" if s["failed"] else "")
         + (f" · {outcome.status.upper()}" if outcome.status != "complete" else ""),
-        f"{s['hardware'] or 'hardware unknown'} · {s['engine']} · source {s['source'] or 'none'}",
+        " · ".join(
+            [s["hardware"] or "hardware unknown", s["engine"], f"source {s['source'] or 'none'}", *_class(outcome)]
+        ),
         "",
         *_energy(s),
         "",
-        f"  latency      {_quantiles(s, '')}",
+        f"  latency      {_quantiles(s, '')}   mean {_s(s['mean_s'])}",
         f"  first byte   {_quantiles(s, 'first_byte_')}",
-        f"  rate         {_n(s['queries_per_s'])} queries/s   {_n(s['tokens_per_s'])} tokens/s"
-        f" (counts: {s['tokens_source'] or 'none'})",
+        f"  rate         {_n(s['queries_per_s'])} queries/s   {_n(s['tokens_per_s'])} tokens/s",
+        f"  tokens       {_count(s['completion_tokens'])} (counted by: {s['tokens_source'] or 'nobody'})",
         f"  client gap   {_s(s['client_gap_s'])} between groups, {_percent(s['client_gap_share'])} of the run",
         *_failures(s),
         *_reasons(s["not_official_because"]),
@@ -94,11 +99,34 @@ def _energy(s: Mapping[str, Any]) -> list[str]:
         error = f" ± {s['abs_u_wh']:.2g}" if basis == "gpu_run" and value is not None else ""
         lines.append(f"    {basis:<9} {_n(value)}{error}   ({meaning})")
     lines += [
+        *_cautions(s),
         "",
         f"  idle         {_n(s['idle_w'])} W",
         f"  per token    {_n(s['j_per_token'])} J, of it caused {_n(s['active_j_per_token'])} J",
     ]
     return lines
+
+
+def _cautions(s: Mapping[str, Any]) -> list[str]:
+    """What a reader would otherwise take the figures for."""
+    lines = []
+    whole, active = s["gpu_run_wh_per_1000"], s["active_wh_per_1000"]
+    if whole and active is not None and active < _MOSTLY * whole:
+        share = _percent(active / whole)
+        lines.append(
+            f"    only {share} of gpu_run was caused by the queries: the rest is idle power during this path's latency"
+        )
+    if str(s["source"]).startswith("nvml"):
+        lines.append(
+            "    ± is one standard deviation for comparisons on this GPU; absolute figures add the sensor's ±5 %"
+        )
+    return lines
+
+
+def _class(outcome: Outcome) -> list[str]:
+    found, source = outcome.provenance["model_class"], outcome.provenance["model_class_source"]
+    guessed = " (guessed from the name, see --model-class)" if source == "name" else ""
+    return [f"class {found}{guessed}"] if found else []
 
 
 def _quantiles(s: Mapping[str, Any], name: str) -> str:
@@ -116,6 +144,10 @@ def _failures(s: Mapping[str, Any]) -> list[str]:
 def _reasons(reasons: Iterable[str]) -> list[str]:
     found = list(reasons)
     return ["", "  not official:", *(f"    - {r}" for r in found)] if found else []
+
+
+def _count(value: int | None) -> str:
+    return "unknown" if value is None else str(value)
 
 
 def _n(value: float | None) -> str:

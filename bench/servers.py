@@ -54,9 +54,13 @@ class _Refusal:
 
 def root(url: str) -> str:
     """The server's root of a URL given with or without `/v1`; raises UsageError if it is no http(s) URL."""
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise UsageError(f"--url {public(url)!r} is not an http(s) URL; write for example http://127.0.0.1:8088")
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, a port that is no number
+        sound = False
+    if not sound:
+        raise UsageError("--url is not an http(s) URL; write for example http://127.0.0.1:8088")
     path = parts.path.rstrip("/")
     return urlunsplit((parts.scheme, parts.netloc, path.removesuffix("/v1"), "", ""))
 

@@ -245,7 +245,7 @@ def _per_1000(energy_uj: float | None, good: int) -> float | None:
 def _quantiles(durations_ns: Sequence[int], name: str) -> dict[str, float | None]:
     keys = {f"{name}p50_s": 50, f"{name}p95_s": 95, f"{name}p99_s": 99}
     if not durations_ns:
-        return dict.fromkeys(keys)
+        return dict.fromkeys([*keys, f"{name}mean_s"])
     durations_s = np.asarray(durations_ns, dtype=np.float64) / NS_PER_S
     found = np.percentile(durations_s, list(keys.values()))
     quantiles: dict[str, float | None] = {key: float(value) for key, value in zip(keys, found, strict=True)}

@@ -1,4 +1,4 @@
-"""Two small real servers in a thread: an OpenAI-style server (with or without energyd's proxy in front) and a daemon."""
+"""Two small real servers in a thread: an OpenAI-style server (as seen with or without a proxy) and a daemon."""
 
 import asyncio
 import json
@@ -165,7 +165,7 @@ class FakeDaemon:
     """A daemon that stores what it is told and draws a constant 100 W (idle and busy alike) on one GPU."""
 
     socket: Path
-    settle_after: int = 2
+    settle_after: int = 0
     gpu_name: str = "NVIDIA H200"
     gpus: int = 1
     away: bool = False
