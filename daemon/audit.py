@@ -48,7 +48,9 @@ def _check_chain(previous: Row | None, row: Row, where: str) -> Iterator[Finding
     if row["seq"] != previous["seq"] + 1:
         yield Finding("nothing is lost", where, f"windows {previous['seq'] + 1} to {row['seq'] - 1} are missing")
     elif row["start_ns"] != previous["end_ns"]:
-        yield Finding("nothing is lost", where, f"begins {row['start_ns'] - previous['end_ns']} ns after the one before ended")
+        yield Finding(
+            "nothing is lost", where, f"begins {row['start_ns'] - previous['end_ns']} ns after the one before ended"
+        )
     if row["counter_start_mj"] != previous["counter_end_mj"]:
         lost_uj = (row["counter_start_mj"] - previous["counter_end_mj"]) * UJ_PER_MJ
         yield Finding("the counter is the truth", where, f"{lost_uj} µJ of the counter are in no window", lost_uj)
@@ -91,7 +93,9 @@ def _check_settlement(row: Row, where: str) -> Iterator[Finding]:
 def check_queries(rows: Iterable[Row]) -> Iterator[Finding]:
     """Rows are queries whose energy is not the sum of their charges: each is a finding."""
     for row in rows:
-        off_uj = (row["active_uj"] or 0) - row["charged_active_uj"] + (row["standing_uj"] or 0) - row["charged_standing_uj"]
+        off_uj = (
+            (row["active_uj"] or 0) - row["charged_active_uj"] + (row["standing_uj"] or 0) - row["charged_standing_uj"]
+        )
         yield Finding("conservation", f"query {row['query_id']}", f"holds {off_uj} µJ more than its charges", off_uj)
 
 

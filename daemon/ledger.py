@@ -93,7 +93,9 @@ class Ledger(Views):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -329,7 +331,9 @@ class Ledger(Views):
         gpu_id, key = self.gpu_id(settlement.gpu), (settlement.epoch, settlement.seq)
         unattributed_uj = sum(settlement.unattributed_uj.values())
         if settlement.residual_uj:
-            raise LedgerError(f"window {gpu_id}/{key[0]}/{key[1]} does not balance: {settlement.residual_uj} µJ left over")
+            raise LedgerError(
+                f"window {gpu_id}/{key[0]}/{key[1]} does not balance: {settlement.residual_uj} µJ left over"
+            )
         try:
             with self.transaction():
                 self.db.execute(
@@ -378,7 +382,9 @@ class Ledger(Views):
             self._add_day(day, gpu_id, "active", active_uj, tenant_id, model_id)
             self._add_day(day, gpu_id, "standing", standing_uj, tenant_id, model_id)
 
-    def _add_day(self, day: int, gpu_id: int, account: str, energy_uj: int, tenant_id: int = 0, model_id: int = 0) -> None:
+    def _add_day(
+        self, day: int, gpu_id: int, account: str, energy_uj: int, tenant_id: int = 0, model_id: int = 0
+    ) -> None:
         if energy_uj:
             self.db.execute(
                 "INSERT INTO daily_energy VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE"
@@ -414,7 +420,8 @@ class Ledger(Views):
                 )
                 self._count_day(query_id)
                 self.db.execute(
-                    "DELETE FROM timelines WHERE query_no = (SELECT query_no FROM queries WHERE query_id = ?)", [query_id]
+                    "DELETE FROM timelines WHERE query_no = (SELECT query_no FROM queries WHERE query_id = ?)",
+                    [query_id],
                 )
 
     def _count_day(self, query_id: str) -> None:
@@ -462,7 +469,13 @@ class Ledger(Views):
                 raise LedgerError(f"run {run.run_id} is not in this ledger")
 
     def add_rating(
-        self, rating_id: str, created_ns: int, edition: str, method: str, basis: str, rows: Sequence[Mapping[str, object]]
+        self,
+        rating_id: str,
+        created_ns: int,
+        edition: str,
+        method: str,
+        basis: str,
+        rows: Sequence[Mapping[str, object]],
     ) -> None:
         """Stars that were given; the same id twice is stored once."""
         with self.transaction():

@@ -33,9 +33,7 @@ def close_hours(ledger: Ledger, before_ns: int) -> int:
     closed = 0
     for row in ledger.gpus():
         while closed < _MOST_HOURS:
-            first = ledger.db.execute(
-                "SELECT MIN(end_ns) FROM windows WHERE gpu_id = ?", [row["gpu_id"]]
-            ).fetchone()[0]
+            first = ledger.db.execute("SELECT MIN(end_ns) FROM windows WHERE gpu_id = ?", [row["gpu_id"]]).fetchone()[0]
             if first is None:
                 break
             hour_ns = first // NS_PER_HOUR * NS_PER_HOUR
@@ -54,7 +52,7 @@ def _closable(ledger: Ledger, gpu_id: int, hour_ns: int) -> bool:
         " WHERE w.gpu_id = ? AND w.end_ns < ?",
         [gpu_id, end_ns],
     ).fetchone()
-    pinned = ledger.db.execute(f"SELECT {_PINNED.format(start=hour_ns, end=end_ns)}").fetchone()[0]  # noqa: S608 - integers
+    pinned = ledger.db.execute(f"SELECT {_PINNED.format(start=hour_ns, end=end_ns)}").fetchone()[0]
     return not unsettled and not last and not pinned  # the newest window stays: the meter goes on from it
 
 
@@ -72,7 +70,8 @@ def _close(ledger: Ledger, gpu_id: int, hour_ns: int) -> None:
             args,
         ).fetchone()
         windows, first, last = db.execute(
-            "SELECT COUNT(*), MIN(counter_start_mj), MAX(counter_end_mj) FROM windows WHERE gpu_id = ? AND end_ns < ?", args
+            "SELECT COUNT(*), MIN(counter_start_mj), MAX(counter_end_mj) FROM windows WHERE gpu_id = ? AND end_ns < ?",
+            args,
         ).fetchone()
         shares = db.execute(
             "SELECT COALESCE(t.name, ''), COALESCE(m.name, ''), COUNT(*), SUM(c.active_uj), SUM(c.standing_uj) FROM charges c"  # noqa: S608
@@ -83,7 +82,9 @@ def _close(ledger: Ledger, gpu_id: int, hour_ns: int) -> None:
         previous = db.execute(
             "SELECT hash FROM closings WHERE gpu_id = ? ORDER BY hour_ns DESC LIMIT 1", [gpu_id]
         ).fetchone()
-        detail = json.dumps({"first_counter_mj": first, "last_counter_mj": last, "tenant_model_rows_active_standing": shares})
+        detail = json.dumps(
+            {"first_counter_mj": first, "last_counter_mj": last, "tenant_model_rows_active_standing": shares}
+        )
         row = dict(
             zip(
                 ("gpu_id", "hour_ns", "windows", "energy_uj", "active_uj", "standing_uj", "idle_uj", "unattributed_uj",

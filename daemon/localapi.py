@@ -177,7 +177,9 @@ def _answer(message: msgspec.Struct) -> web.Response:
 
 
 @web.middleware
-async def _guard(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+async def _guard(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
     """Peer credentials first; then failures of the ledger become 503, which tells a proxy to keep its events."""
     if not _same_user(request):
         raise web.HTTPForbidden(text="this socket answers its own user and root only")

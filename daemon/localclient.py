@@ -33,8 +33,9 @@ def ask(path: Path, method: str, target: str, body: bytes | None = None) -> byte
         connection.request(method, target, body)
         answer = connection.getresponse()
         text = answer.read()
-    except OSError as e:
-        raise UnavailableError(f"no daemon answers at {path} ({e.strerror or e}); start one with `energyd start`") from e
+    except (OSError, http.client.HTTPException) as e:
+        why = getattr(e, "strerror", None) or e or type(e).__name__
+        raise UnavailableError(f"no daemon answers at {path} ({why}); start one with `energyd start`") from e
     finally:
         connection.close()
     if answer.status != 200:

@@ -148,7 +148,9 @@ class Totals:
             "energyd_model_energy_joules", "Settled energy of queries by model: active (caused) and standing (idle watts"
             " while served).", labels=["model", "kind"],
         )  # fmt: skip
-        idle = CounterMetricFamily("energyd_idle_energy_joules", "Settled energy while nobody was served.", labels=["gpu"])
+        idle = CounterMetricFamily(
+            "energyd_idle_energy_joules", "Settled energy while nobody was served.", labels=["gpu"]
+        )
         stray = CounterMetricFamily(
             "energyd_unattributed_energy_joules", "Settled energy that belongs to no query and is not idle.",
             labels=["gpu", "reason"],
@@ -172,7 +174,9 @@ class Totals:
         requests = CounterMetricFamily(
             "energyd_requests", "Finished queries.", labels=["model", "task", "status", "code"]
         )
-        tokens = CounterMetricFamily("energyd_tokens", "Tokens of finished queries, where known.", labels=["model", "type"])
+        tokens = CounterMetricFamily(
+            "energyd_tokens", "Tokens of finished queries, where known.", labels=["model", "type"]
+        )
         missing = CounterMetricFamily(
             "energyd_usage_missing", "Finished queries whose completion tokens nobody reported.", labels=["model"]
         )
@@ -202,7 +206,11 @@ class Totals:
             ("energyd_unsettled_age_seconds", "Age of the oldest window that is not settled.", seconds(oldest)),
             ("energyd_queries_in_flight", "Queries being served now.", health.open_queries),
             ("energyd_proxy_workers", "Proxy workers that settlement waits for.", health.workers),
-            ("energyd_clock_step_seconds", "How far the wall clock has moved from ledger time.", seconds(health.wall_step_ns)),
+            (
+                "energyd_clock_step_seconds",
+                "How far the wall clock has moved from ledger time.",
+                seconds(health.wall_step_ns),
+            ),
         )
         for name, text, value in plain:
             yield GaugeMetricFamily(name, text, value=value)

@@ -9,7 +9,6 @@ from .ledger import Ledger
 from .meter import Meter
 from .records import QueryStatus
 from .sensors.recording import RecordingSensor
-from .errors import EndOfTrace
 from .settlement import Books, Limits
 from .trace import Trace, TracedRequest
 from .units import NS_PER_S, NS_PER_US
@@ -24,7 +23,9 @@ def rival_of(policy: str) -> str:
     return "tokens" if policy == "time" else "time"
 
 
-def settle_trace(trace: Trace, ledger: Ledger, *, policy: str, host_id: str = "recording", boot_id: str = "recording") -> Books:
+def settle_trace(
+    trace: Trace, ledger: Ledger, *, policy: str, host_id: str = "recording", boot_id: str = "recording"
+) -> Books:
     """Book the whole trace into an empty ledger; returns the books, with everything settled and final."""
     start_ns = min(anchors[0].before_ns for anchors in trace.anchors)
     end_ns = max(anchors[-1].after_ns for anchors in trace.anchors)

@@ -23,7 +23,9 @@ def make_private(folder: Path) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as e:
-        raise UsageError(f"cannot create {folder}: {e.strerror}; name another folder with ENERGYD_STATE_DIR or --db") from e
+        raise UsageError(
+            f"cannot create {folder}: {e.strerror}; name another folder with ENERGYD_STATE_DIR or --db"
+        ) from e
     return folder
 
 
@@ -36,7 +38,9 @@ def socket_path(db: Path) -> Path:
     """The daemon's local socket, beside the ledger it writes; raises UsageError if the path is too long to bind."""
     path = db.with_suffix(".sock").absolute()
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
-        raise UsageError(f"the socket path {path} is longer than {_MAX_SOCKET_PATH_BYTES} bytes; put --db in a shorter folder")
+        raise UsageError(
+            f"the socket path {path} is longer than {_MAX_SOCKET_PATH_BYTES} bytes; put --db in a shorter folder"
+        )
     return path
 
 

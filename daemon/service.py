@@ -212,7 +212,9 @@ class Service:
         step_ns = self.clock.wall_step_ns()
         if abs(step_ns) > NS_PER_S and not self._stepped:
             self._stepped = True
-            self.ledger.add_event(self.host_id, now_ns, "clock-step", f"the wall clock is {seconds(step_ns):.3f} s off ledger time")
+            self.ledger.add_event(
+                self.host_id, now_ns, "clock-step", f"the wall clock is {seconds(step_ns):.3f} s off ledger time"
+            )
 
     async def _settle_loop(self) -> None:
         while not self._stopped.is_set():

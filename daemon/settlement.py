@@ -81,7 +81,7 @@ class Books:
         rival: Policy | None,
         offset_ns: int,
         now_ns: int,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        limits: Limits = Limits(),
         spool_dir: Path | None = None,
         on_settled: Callable[[Settlement, Mapping[str, str]], None] | None = None,
         on_final: Callable[[str], None] | None = None,
@@ -290,9 +290,7 @@ class Books:
         services = [a.service(now_ns) for a in near]
         if window.kind is WindowKind.METERED:
             state.floor.see(window, services)
-        reached = [
-            s for s in services if s.start_ns - LEAD_NS < window.end_ns and s.end_ns + TAIL_NS > window.start_ns
-        ]
+        reached = [s for s in services if s.start_ns - LEAD_NS < window.end_ns and s.end_ns + TAIL_NS > window.start_ns]
         settlement = divide(window, reached, state.floor, self.policy, self.rival)
         if self.ledger.settle(settlement, window.end_ns, now_ns):
             self._on_settled(settlement, {a.query_id: a.model for a in near})
@@ -420,4 +418,3 @@ def _dead(pid: int) -> bool:
 def _spooled(spool: str) -> bool:
     """Whether a dead worker left a spool that an heir will deliver."""
     return bool(spool) and Path(spool).exists()
-

@@ -108,7 +108,13 @@ def supervise(daemon: Part, proxy: Part, drain_s: float) -> int:
 @click.option("--name", default=None, help="Name of the upstream server in the books. [default: its host:port]")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Proxy processes.")
 @click.option("--tenant-header", default=None, help="Trusted request header that names who asked.")
-@click.option("--drain", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds that open streams get at the end.")
+@click.option(
+    "--drain",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that open streams get at the end.",
+)
 @DB
 @daemon_options
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file with any of these options.", is_eager=True,

@@ -29,8 +29,18 @@ def ledger_path(db: Path | None) -> Path:
 
 @click.command(epilog="Example: energyd settle h200.json.gz --db h200.db --policy all")
 @click.argument("trace", type=click.Path(path_type=Path))
-@click.option("--db", type=click.Path(dir_okay=False, path_type=Path), help="Where the books go; must not hold any yet. [default: TRACE's name with .db]")
-@click.option("--policy", type=click.Choice(["time", "tokens"]), default="time", show_default=True, help="How queries share what they caused.")
+@click.option(
+    "--db",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the books go; must not hold any yet. [default: TRACE's name with .db]",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(["time", "tokens"]),
+    default="time",
+    show_default=True,
+    help="How queries share what they caused.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def settle(trace: Path, db: Path | None, policy: str, *, as_json: bool) -> None:
     """Book a recorded trace: every joule of its counter, to the queries and accounts that it belongs to."""
@@ -61,7 +71,9 @@ def _summary(ledger: "Ledger") -> dict[str, Any]:
             own = models.setdefault(total.model, {"active_energy_uj": 0, "standing_energy_uj": 0, "queries": 0})
             own[f"{total.account}_energy_uj"] += total.energy_uj
     for row in ledger.query_totals():
-        models.setdefault(row["model"] or "other", {"active_energy_uj": 0, "standing_energy_uj": 0, "queries": 0})["queries"] += row["queries"]
+        models.setdefault(row["model"] or "other", {"active_energy_uj": 0, "standing_energy_uj": 0, "queries": 0})[
+            "queries"
+        ] += row["queries"]
     meters = ledger.meter_totals()
     quality = ledger.quality()
     metered_uj = sum(m.settled_uj + m.unsettled_uj for m in meters)
@@ -177,8 +189,12 @@ class _Sink(Protocol):
 @click.command(epilog="Example: energyd export queries --db energyd.db --format csv > queries.csv")
 @click.argument("what", type=click.Choice(["queries"]))
 @DB
-@click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), default="csv", show_default=True, help="Output format.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file instead of the terminal.")
+@click.option(
+    "--format", "form", type=click.Choice(["csv", "jsonl"]), default="csv", show_default=True, help="Output format."
+)
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file instead of the terminal."
+)
 def export(what: str, db: Path | None, form: str, output: Path | None) -> None:  # noqa: ARG001 - `queries` is the only table yet
     """Write every query with its energy; a cell is empty where a value is unknown."""
     from .ledger import Ledger
@@ -225,7 +241,9 @@ def status(db: Path | None, *, as_json: bool) -> None:
         click.echo(f"  GPU {gpu['index']} {gpu['name']} ({gpu['source']}): {power} now, {gpu['state']}")
     age_ns = found["oldest_unsettled_age_ns"]
     age = "none" if age_ns is None else f"oldest {seconds(age_ns):.1f} s"
-    click.echo(f"  not settled: {joules(found['unsettled_uj']):,.1f} J ({age}); {found['open_queries']} queries in flight")
+    click.echo(
+        f"  not settled: {joules(found['unsettled_uj']):,.1f} J ({age}); {found['open_queries']} queries in flight"
+    )
     click.echo(f"  proxy workers: {found['workers']}")
 
 

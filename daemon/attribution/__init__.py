@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..records import Service, Window
+from energyd.daemon.records import Service, Window
 
 Overlap = NDArray[np.float64]
 """Shape (slices, services): ns for which the service was in flight during the slice (see `accounts.overlaps`)."""

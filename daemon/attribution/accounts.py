@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..apportion import apportion, scaled
-from ..records import Charge, Service, Settlement, Unattributed, Window, WindowKind
-from ..units import NS_PER_MS, energy_uj
+from energyd.daemon.apportion import apportion, scaled
+from energyd.daemon.records import Charge, Service, Settlement, Unattributed, Window, WindowKind
+from energyd.daemon.units import NS_PER_MS, energy_uj
+
 from . import Overlap, Policy
 from .floor import IdleFloor
 
@@ -84,9 +85,7 @@ def divide(
     standing = _shared(standing_uj, in_flight, keys)
     own = _shared(active_uj, policy.weights(window, services, overlap, active), keys)
     other = _shared(active_uj, rival.weights(window, services, overlap, active), keys) if rival else own
-    charges = tuple(
-        Charge(key, a, s, spread_uj=b - a) for key, a, s, b in zip(keys, own, standing, other, strict=True)
-    )
+    charges = tuple(Charge(key, a, s, spread_uj=b - a) for key, a, s, b in zip(keys, own, standing, other, strict=True))
     return _settled(window, floor, policy, floor_uj - standing_uj + quiet_uj, stray_uj, charges)
 
 

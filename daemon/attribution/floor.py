@@ -9,8 +9,8 @@ from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 
-from ..records import Service, Slice, Window
-from ..units import NS_PER_MS, NS_PER_S, mean_power_mw
+from energyd.daemon.records import Service, Slice, Window
+from energyd.daemon.units import NS_PER_MS, NS_PER_S, mean_power_mw
 
 QUIET_DISTANCE_NS = 300 * NS_PER_MS
 """A slice this far from any query is quiet: the sensor's tail (about 50 ms) and the clocks' slack are over by then."""

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..records import Service, Window
+from energyd.daemon.records import Service, Window
+
 from . import Overlap
 
 

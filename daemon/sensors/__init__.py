@@ -6,7 +6,7 @@ invent a number, run commands, need root. It takes the clock and all outside fac
 
 from typing import Protocol
 
-from ..records import Gpu, Reading
+from energyd.daemon.records import Gpu, Reading
 
 
 class Sensor(Protocol):

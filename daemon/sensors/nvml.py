@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pynvml
+
 from energyd.daemon.clock import TimeSource
 from energyd.daemon.errors import LostGpu, NoGpuError, RetryReading, UsageError
 from energyd.daemon.records import Counter, Gpu, Reading, Samples, Source
