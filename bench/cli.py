@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from energyd.daemon.errors import UsageError
 from energyd.daemon.paths import ledger_path, socket_path
 

@@ -8,6 +8,7 @@ from typing import Self, TypeVar
 
 import aiohttp
 import msgspec
+
 from energyd.daemon import wire
 from energyd.daemon.errors import UnavailableError
 

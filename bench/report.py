@@ -15,6 +15,9 @@ _BASES = (
 _MOSTLY = 0.5
 """Below this active share of the whole-GPU figure the report says that the rest is idle power."""
 
+_ABOVE = 1.05
+"""The queries' own energies can exceed the run's only by what lies in the windows at its two edges."""
+
 
 def as_json(outcome: Outcome, order: Order) -> dict[str, Any]:
     """One object: the run as it is stored, without prompts."""
@@ -115,6 +118,10 @@ def _cautions(s: Mapping[str, Any]) -> list[str]:
         share = _percent(active / whole)
         lines.append(
             f"    only {share} of gpu_run was caused by the queries: the rest is idle power during this path's latency"
+        )
+    if whole and s["serving_wh_per_1000"] is not None and s["serving_wh_per_1000"] > _ABOVE * whole:
+        lines.append(
+            f"    serving exceeds gpu_run: in a run of {_s(s['span_s'])} the edges of the 1 s windows weigh; take more samples"
         )
     if str(s["source"]).startswith("nvml"):
         lines.append(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import aiohttp
+
 from energyd.daemon import wire
 from energyd.daemon.clock import boot_id
 from energyd.daemon.errors import EnergydError, UnavailableError
@@ -90,7 +91,7 @@ async def bench(order: Order, meter: MeterClient | None, progress: Progress, sto
         course.rows, found, _setup(order, target, record, where, stop), summary.gaps(course.rows, order.batch_size)
     )
     state = "interrupted" if stop.is_set() else "complete" if summary.is_ratable(course.rows) else "failed"
-    stored = await _close(meter, wire.RunEnd(run_id, state, *summary.span(course.rows), told), progress)
+    stored = await _close(meter, wire.RunEnd(run_id, state, *_span(course), told), progress)
     return Outcome(run_id, state, target.public_url, record, told, stored)
 
 
@@ -168,7 +169,7 @@ async def _announce(
     return SamplePoster(meter, run_id, boot_id())
 
 
-async def _energy(  # noqa: PLR0917 - one call site, named the same there
+async def _energy(
     order: Order,
     meter: MeterClient,
     poster: SamplePoster,
@@ -202,6 +203,12 @@ def _setup(
     )
 
 
+def _span(course: _Course) -> tuple[int, int]:
+    """The measured span; the present instant if nothing was measured, since 0 would be the time of the boot."""
+    now_ns = time.monotonic_ns()
+    return summary.span(course.rows) if course.rows else (now_ns, now_ns)
+
+
 async def _close(meter: MeterClient | None, end: wire.RunEnd, progress: Progress) -> bool:
     if meter is None:
         return False
@@ -217,7 +224,7 @@ async def _abandon(meter: MeterClient | None, poster: SamplePoster | None, run_i
     if meter and poster:
         await poster.close()
         with contextlib.suppress(UnavailableError):  # the error that brought us here is the one to report
-            await meter.end(wire.RunEnd(run_id, "failed", *summary.span(course.rows), {}))
+            await meter.end(wire.RunEnd(run_id, "failed", *_span(course), {}))
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, _Result]) -> _Result:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
+
 from energyd.daemon.errors import UnavailableError, UsageError
 
 from .answers import Answer

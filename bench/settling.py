@@ -37,6 +37,9 @@ class Settling:
         question = wire.EnergyQuestion(*measured_ns, run_id)
         self.progress.phase("waiting until the energy is settled", None)
         answer = await self._ask(question, deadline)
+        if not answer.gpus:
+            self.progress.warn("the daemon meters no GPU: the run has no energy")
+            return None
         while not (answer.settled and answer.complete) and time.monotonic() < deadline:
             self.progress.advance(1)
             if await wait(self.stop, _POLL_S):
@@ -44,7 +47,9 @@ class Settling:
             answer = await self._ask(question, deadline)
         if not (answer.settled and answer.complete):
             self.progress.warn("the energy is not settled yet: figures are provisional")
-        found = summary.energy(answer, self.gpus, await self._idle_mw(idle_ns, deadline))
+        # the daemon may know which GPUs the run's server uses: idle must be that of the same ones
+        counted = tuple(g.uuid for g in summary.select(answer.gpus, self.gpus))
+        found = summary.energy(answer, counted, await self._idle_mw(counted, idle_ns, deadline))
         if found and not self.gpus and found.gpus > 1:
             self.progress.warn(f"all {found.gpus} metered GPUs are counted; name the model's own with --gpu INDEX")
         return found
@@ -58,11 +63,11 @@ class Settling:
                 if time.monotonic() >= deadline or await wait(self.stop, _POLL_S):
                     raise
 
-    async def _idle_mw(self, idle_ns: tuple[int, int] | None, deadline: float) -> int | None:
-        if idle_ns is None:
+    async def _idle_mw(self, counted: Sequence[str], idle_ns: tuple[int, int] | None, deadline: float) -> int | None:
+        if idle_ns is None or not counted:
             return None
         answer = await self._ask(wire.EnergyQuestion(*idle_ns), deadline)
-        return summary.mean_mw(answer, self.gpus, idle_ns[1] - idle_ns[0])
+        return summary.mean_mw(answer, counted, idle_ns[1] - idle_ns[0])
 
 
 def check_gpus(status: wire.Status, chosen: Sequence[str]) -> None:

@@ -12,11 +12,12 @@ from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
+
 from energyd.daemon.records import Source
 from energyd.daemon.units import MW_PER_W, NS_PER_S, joules, mean_power_mw, seconds, watt_hours
 from energyd.daemon.wire import EnergyAnswer, GpuEnergy
 
-from .load import Row
+from .load import INTERRUPTED, Row
 from .tasks import Task
 
 MAX_FAILED_SHARE: Final = 0.01
@@ -104,7 +105,7 @@ def hardware(names: Sequence[str]) -> str:
 def summarise(rows: Sequence[Row], found: Energy | None, setup: Setup, gap: "Gap") -> dict[str, Any]:
     """The summary of the measured `rows`, JSON-able; keys as `daemon.records.Run` lists them, and more."""
     good = [r for r in rows if r.ok]
-    failed = len(rows) - len(good)
+    failed = _failed(rows)
     start_ns, end_ns = span(rows)
     tokens = _total([r.completion_tokens for r in good])
     return {
@@ -160,7 +161,7 @@ def span(rows: Sequence[Row]) -> tuple[int, int]:
 
 def is_ratable(rows: Sequence[Row]) -> bool:
     """Whether enough requests succeeded for the run to stand."""
-    return bool(rows) and sum(not r.ok for r in rows) <= MAX_FAILED_SHARE * len(rows)
+    return any(r.ok for r in rows) and _failed(rows) <= MAX_FAILED_SHARE * len(rows)
 
 
 def not_official(rows: Sequence[Row], found: Energy | None, setup: Setup) -> list[str]:
@@ -168,7 +169,7 @@ def not_official(rows: Sequence[Row], found: Energy | None, setup: Setup) -> lis
     task = setup.task
     sent, other = len(rows), _other_length([r for r in rows if r.ok], setup)
     where = setup.hardware or (found.hardware if found else None)
-    failed = sum(not r.ok for r in rows)
+    failed = _failed(rows)
     return [
         reason
         for reason, applies in (
@@ -194,7 +195,8 @@ def not_official(rows: Sequence[Row], found: Energy | None, setup: Setup) -> lis
             ),
             (f"{found.gpus if found else 0} GPUs counted, not one", found is not None and found.gpus != 1),
             ("figures were provisional when the run ended", found is not None and not found.settled),
-            (f"{failed} of {sent} requests failed (more than 1 %): not ratable", not is_ratable(rows)),
+            (f"{failed} of {sent} requests failed (more than 1 %): not ratable", failed > MAX_FAILED_SHARE * sent),
+            ("no request succeeded: not ratable", not any(r.ok for r in rows)),
             ("interrupted", setup.interrupted),
         )
         if applies
@@ -265,12 +267,17 @@ def _other_length(good: Sequence[Row], setup: Setup) -> int | None:
     return sum(r.completion_tokens != setup.max_new_tokens or r.tokens_source != "response" for r in good)
 
 
+def _failed(rows: Sequence[Row]) -> int:
+    """Requests that failed; those that the user cut off did not fail."""
+    return sum(not r.ok and r.error != INTERRUPTED for r in rows)
+
+
 def _rate(count: int, duration_ns: int) -> float | None:
     return count / seconds(duration_ns) if duration_ns > 0 else None
 
 
 def _failures(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
-    bad = [r for r in rows if not r.ok]
+    bad = [r for r in rows if not r.ok and r.error != INTERRUPTED]
     return [{"idx": r.idx, "http_status": r.http_status, "error": r.error} for r in bad[:_SHOWN_FAILURES]]
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import aiohttp
+
 from energyd.daemon.errors import UsageError
 
 from .order import Order

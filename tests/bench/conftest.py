@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from aiohttp import web
+
 from energyd.daemon import wire
 from energyd.daemon.paths import socket_path
 

@@ -2,9 +2,10 @@
 
 from itertools import pairwise
 
-from energyd.bench.answers import Answer
 from hypothesis import given
 from hypothesis import strategies as st
+
+from energyd.bench.answers import Answer
 
 VLLM = (
     b'data: {"model":"m","choices":[{"delta":{"role":"assistant","content":""}}],"usage":null}\n\n'

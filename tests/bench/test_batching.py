@@ -4,10 +4,11 @@ import asyncio
 import time
 
 import pytest
-from energyd.bench.batching import groups
-from energyd.bench.load import INTERRUPTED, Row, replay
 from hypothesis import given
 from hypothesis import strategies as st
+
+from energyd.bench.batching import groups
+from energyd.bench.load import INTERRUPTED, Row, replay
 
 
 @given(st.integers(0, 300), st.integers(1, 40))

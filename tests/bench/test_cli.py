@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+
 from energyd.daemon.cli import main
 
 from .conftest import SECRET, FakeDaemon, FakeServer, Loop, started, until
@@ -202,7 +203,7 @@ def test_all_gpus_count_unless_one_is_named(server: FakeServer, daemon: FakeDaem
 @pytest.mark.parametrize(
     ("stream", "api"), [(s, a) for s in ("--stream", "--no-stream") for a in ("completions", "chat")]
 )
-def test_every_server_is_replayed_each_way(  # noqa: PLR0917 - fixtures and parameters
+def test_every_server_is_replayed_each_way(
     loop: Loop, daemon: FakeDaemon, db: Path, data: Path, style: str, stream: str, api: str
 ) -> None:
     """Token counts come from the server, streamed or not, by chat or completions."""

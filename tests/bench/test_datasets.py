@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+
 from energyd.bench.datasets import Prompt, load, load_sample
 from energyd.bench.sampletext import bank, compose, jsonl
 from energyd.bench.tasks import find

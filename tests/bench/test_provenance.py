@@ -1,6 +1,7 @@
 """What a run says of its origin."""
 
 import pytest
+
 from energyd.bench.provenance import class_from_name, detected_hardware
 from energyd.daemon.wire import Status
 

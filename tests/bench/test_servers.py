@@ -4,6 +4,7 @@ import asyncio
 import socket
 
 import pytest
+
 from energyd.bench import load
 from energyd.bench.payloads import Api, Generation, ServerKind, dialects
 from energyd.bench.servers import Detected, Probed, detect, probe, public, root

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from energyd.bench.load import Row
 from energyd.bench.summary import Energy, Gap, Setup, energy, gaps, hardware, is_ratable, mean_mw, summarise
 from energyd.bench.tasks import find
@@ -95,6 +96,16 @@ def test_more_than_one_percent_failed_is_not_ratable() -> None:
     assert "11 of 1000 requests failed (more than 1 %): not ratable" in told(rows)["not_official_because"]
 
 
+def test_what_the_user_cut_off_did_not_fail() -> None:
+    """Interrupted requests leave the count, but are no failures; without any answer nothing is ratable."""
+    rows = [row(0), row(1, error="interrupted")]
+    s = told(rows)
+    assert (s["n"], s["failed"], s["failures"]) == (1, 0, [])
+    assert is_ratable(rows)
+    assert not is_ratable(rows[1:])
+    assert "no request succeeded: not ratable" in told(rows[1:])["not_official_because"]
+
+
 def test_queries_without_a_figure_count_like_the_others() -> None:
     """Half of the queries have a figure: the sum is doubled, not divided by all."""
     s = told(found=replace(FOUND, active_uj=2 * WH, standing_uj=0, queries=1_000, queries_with_energy=500))
@@ -175,7 +186,8 @@ def test_the_clients_own_pauses() -> None:
     for idx, r in enumerate(rows):
         rows[idx] = replace(r, idx=idx)
     found = gaps(rows, 2)
-    assert (found.mean_s, found.share) == (1.0, pytest.approx(1 / 6))
+    assert found.mean_s == 1.0
+    assert found.share == pytest.approx(1 / 6)
     assert gaps(rows[:1], 1) == Gap(None, None)
     assert gaps([], 1) == Gap(None, None)
 

@@ -1,6 +1,7 @@
 """The task files."""
 
 import pytest
+
 from energyd.bench.tasks import all_tasks, class_of, find, parse
 from energyd.daemon.errors import DataError, UsageError
 
