@@ -240,7 +240,8 @@ class Forwarder:
             fields = [(key, host if key.lower() == b"host" else found) for key, found in fields]
         if not headers.value(fields, b"host"):
             fields.insert(0, (b"Host", host))
-        chunked = body.exists and not headers.value(fields, b"content-length")
+        length = headers.value(fields, b"content-length")
+        chunked = body.exists and not length
         exact = headers.as_text(fields)
         if chunked:
             exact.append(("Transfer-Encoding", "chunked"))
@@ -253,7 +254,7 @@ class Forwarder:
         return self._session.request(
             request.method,
             _exact_url(self._upstream.base, target),
-            headers=exact,
+            headers={"Content-Length": length} if length else None,
             data=body.stream() if body.exists else None,
             chunked=True if chunked else None,
             allow_redirects=False,

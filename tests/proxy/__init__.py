@@ -1,0 +1,1 @@
+"""Tests of the proxy, against real sockets: raw upstreams, a small daemon on a Unix socket, the command itself."""
