@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from energyd.bench.companion import Companion, free_port
 from energyd.daemon.errors import UnavailableError
 

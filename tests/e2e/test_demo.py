@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from energyd.bench import tinymodels
 from energyd.bench.demo import find_python
 from energyd.daemon.cli import main

@@ -16,13 +16,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
+
 from energyd.bench.companion import Companion, free_port
 
 SECRET_PROMPT = "zanzibar-prompt-marker"
@@ -64,14 +65,20 @@ class Relay:
         self._sent: list[bytearray] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._run(self._accept)
 
     def close(self) -> None:
-        """Accept no more connections."""
-        # shutdown wakes the thread that is blocked in accept; close alone does not
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        """End the listener and every connection, and wait for the threads: a socket left open is a warning, and fails."""
+        # shutdown wakes the threads that are blocked in accept and recv; close alone does not
+        for each in (self._listener, *self._open):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for each in (self._listener, *self._open):
+            each.close()
 
     def answers(self) -> list[Answer]:
         """Every complete answer that the server has sent so far."""
@@ -88,11 +95,18 @@ class Relay:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                self._open.append(client)
                 server = socket.create_connection(self._target)
+                self._open.append(server)
                 sent = bytearray()
                 self._sent.append(sent)
                 for source, sink, copy in ((client, server, bytearray()), (server, client, sent)):
-                    threading.Thread(target=self._pump, args=(source, sink, copy), daemon=True).start()
+                    self._run(self._pump, source, sink, copy)
+
+    def _run(self, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     @staticmethod
     def _pump(source: socket.socket, sink: socket.socket, copy: bytearray) -> None:
