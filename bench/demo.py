@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Final, NoReturn
 
 import click
+
 from energyd.daemon.clock import Clock
 from energyd.daemon.errors import NoGpuError, UnavailableError, UsageError
 
@@ -95,7 +96,7 @@ class Steps:
     "one beside ours. Example: energyd demo --keep /tmp/energyd-demo"
 )
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Keep models, ledger and logs here.")
-@click.option("--samples", type=click.IntRange(1, 1000), default=20, show_default=True, help="Queries for each model.")
+@click.option("--samples", type=click.IntRange(1, 1000), default=40, show_default=True, help="Queries for each model.")
 @click.option(
     "--serve-python",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -167,9 +168,7 @@ def _demonstrate(stack: ExitStack, places: Places, python: Path, samples: int, *
     steps.note(_shown(start))
     meter = stack.enter_context(Companion("energyd start", _energyd(start), log=places.folder / "energyd.log"))
     meter.wait_healthy(f"http://{places.admin}/readyz", _METER_START_S, steps.waiting)
-    steps.note(
-        f"clients would now talk to http://{places.proxy} instead of http://{places.server}: that is the only change"
-    )
+    steps.note(f"clients now talk to http://{places.proxy} instead of the server: the only change they need")
 
     steps.step(f"Replaying {samples} queries to each model")
     for name in names:
@@ -233,7 +232,7 @@ def _sensor() -> tuple[list[str], str]:
         found = ", ".join(f"GPU {gpu.index} {gpu.name}" for gpu in sensor.gpus())
     finally:
         sensor.close()
-    return ["--sensor", "auto"], f"measured by NVML on {found}"
+    return ["--sensor", "nvml"], f"measured by NVML on {found}"
 
 
 def _bench_options(places: Places, samples: int) -> list[str]:

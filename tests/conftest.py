@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+
 from energyd.bench.companion import Companion, free_port
 
 ROOT = Path(__file__).parent.parent

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from energyd.daemon.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -88,3 +89,12 @@ def test_wheel_and_development_tree_hold_the_same_folders() -> None:
     hatch = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]["targets"]["wheel"]
     links = {path.name for path in (ROOT / ".import" / "energyd").iterdir() if path.is_symlink()}
     assert links == set(hatch["only-include"]) == set(hatch["sources"])
+
+
+def test_the_example_settings_are_options_of_start() -> None:
+    """Every key of the shipped example is an option of `energyd start`, so that copying it works."""
+    settings = tomllib.loads((ROOT / "deploy" / "energyd.toml.example").read_text("utf-8"))
+    command = main.get_command(main.make_context("energyd", ["status"], resilient_parsing=True), "start")
+    assert command is not None
+    options = {option for p in command.params for option in p.opts}
+    assert {f"--{key.replace('_', '-')}" for key in settings} <= options
