@@ -37,12 +37,18 @@ def check_windows(rows: Iterable[Row]) -> Iterator[Finding]:
         yield from _check_chain(previous, row, where)
         yield from _check_energy(row, where)
         if row["settled"]:
-            yield from _check_settlement(row, where)
+            yield from _check_settlement(row, where) if row["energy_uj"] is not None else _check_unknown(where)
         previous = row
 
 
 def _check_chain(previous: Row | None, row: Row, where: str) -> Iterator[Finding]:
-    """Within an epoch each window begins where the one before ended, in number, time and counter."""
+    """An epoch begins at its first counter value; in it each window begins where the one before ended.
+
+    That is in number, time and counter. Windows of closed hours are gone: then an epoch's rows begin in its middle.
+    """
+    if row["seq"] == 0 and row["counter_start_mj"] != row["first_counter_mj"]:
+        lost_uj = (row["counter_start_mj"] - row["first_counter_mj"]) * UJ_PER_MJ
+        yield Finding("the counter is the truth", where, f"{lost_uj} µJ of the counter are in no window", lost_uj)
     if previous is None or (previous["gpu_id"], previous["epoch"]) != (row["gpu_id"], row["epoch"]):
         return
     if row["seq"] != previous["seq"] + 1:
@@ -57,8 +63,14 @@ def _check_chain(previous: Row | None, row: Row, where: str) -> Iterator[Finding
 
 
 def _check_energy(row: Row, where: str) -> Iterator[Finding]:
+    if (row["energy_uj"] is None) != (row["kind"] == "gap"):
+        yield Finding("missing is never a number", where, f"is of kind {row['kind']} and holds {row['energy_uj']} µJ")
+    if row["end_ns"] <= row["start_ns"]:
+        yield Finding("nothing is lost", where, f"ends {row['start_ns'] - row['end_ns']} ns before it begins")
     if row["energy_uj"] is None:
         return
+    if row["energy_uj"] < 0:
+        yield Finding("none is negative", where, f"holds {row['energy_uj']} µJ", row["energy_uj"])
     counter_uj = (row["counter_end_mj"] - row["counter_start_mj"]) * UJ_PER_MJ
     if row["energy_uj"] != counter_uj:
         off_uj = row["energy_uj"] - counter_uj
@@ -74,10 +86,17 @@ def _check_energy(row: Row, where: str) -> Iterator[Finding]:
             yield Finding("plausible", where, f"{power_mw} mW over {duration_ns} ns, the limit is {limit_mw} mW")
 
 
+def _check_unknown(where: str) -> Iterator[Finding]:
+    yield Finding("missing is never a number", where, "is settled though its energy is unknown")
+
+
 def _check_settlement(row: Row, where: str) -> Iterator[Finding]:
+    for account in ("active", "standing", "idle", "unattributed"):
+        if row[f"{account}_uj"] < 0:
+            yield Finding("none is negative", where, f"books {row[f'{account}_uj']} µJ as {account}")
     booked_uj = row["active_uj"] + row["standing_uj"] + row["idle_uj"] + row["unattributed_uj"]
     if booked_uj != row["energy_uj"] or row["booked_uj"] != row["energy_uj"]:
-        off_uj = row["energy_uj"] - booked_uj
+        off_uj = (row["energy_uj"] - booked_uj) or (row["energy_uj"] - row["booked_uj"])
         yield Finding("conservation", where, f"{off_uj} µJ of the window are on no account", off_uj)
     if (row["charges_found"] or 0) != row["charges"]:
         yield Finding("conservation", where, f"{row['charges_found'] or 0} charges found, {row['charges']} were booked")
@@ -91,12 +110,13 @@ def _check_settlement(row: Row, where: str) -> Iterator[Finding]:
 
 
 def check_queries(rows: Iterable[Row]) -> Iterator[Finding]:
-    """Rows are queries whose energy is not the sum of their charges: each is a finding."""
+    """Rows are queries with their energy and the sum of their charges: a difference is a finding, account by account."""
     for row in rows:
-        off_uj = (
-            (row["active_uj"] or 0) - row["charged_active_uj"] + (row["standing_uj"] or 0) - row["charged_standing_uj"]
-        )
-        yield Finding("conservation", f"query {row['query_id']}", f"holds {off_uj} µJ more than its charges", off_uj)
+        for account in ("active", "standing"):
+            off_uj = (row[f"{account}_uj"] or 0) - row[f"charged_{account}_uj"]
+            if off_uj:
+                where = f"query {row['query_id']}"
+                yield Finding("conservation", where, f"holds {off_uj} µJ {account} more than its charges", off_uj)
 
 
 def check_days(rows: Iterable[Row]) -> Iterator[Finding]:

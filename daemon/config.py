@@ -1,6 +1,7 @@
 """What the daemon is told: one validated value object, filled from the command line, environment or a TOML file."""
 
 import ipaddress
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -8,6 +9,9 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UsageError
+
+_PORT = re.compile("[0-9]{1,5}")
+"""`str.isdigit` takes `²` for a digit, which `int` then refuses."""
 
 
 class Address(BaseModel):
@@ -23,7 +27,7 @@ class Address(BaseModel):
         """`HOST:PORT` (IPv6 in brackets); raises UsageError that names `what` is wrong."""
         host, colon, port = text.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
-        if not colon or not host or not port.isdigit() or int(port) > 65535:
+        if not colon or not host or not _PORT.fullmatch(port) or int(port) > 65535:
             raise UsageError(f"{what} must be HOST:PORT, such as 127.0.0.1:9709, not {text!r}")
         return cls(host=host, port=int(port))
 
@@ -44,7 +48,7 @@ class Address(BaseModel):
 class Settings(BaseModel):
     """Settings of the daemon. Times in s, powers in W, as people write them; everything inside is ns and mW."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     db: Path
     admin: Address = Address(host="127.0.0.1", port=9709)
@@ -67,8 +71,13 @@ class Settings(BaseModel):
             return cls(**values)
         except ValidationError as e:
             first = e.errors()[0]
-            name = "-".join(str(part) for part in first["loc"]).replace("_", "-")
+            name = _option(str(first["loc"][0]))
             raise UsageError(f"--{name}: {first['msg']} (given: {first['input']!r})") from e
+
+
+def _option(field: str) -> str:
+    """The command-line option that fills a field, without its dashes."""
+    return {"gpus": "gpu"}.get(field, field.removesuffix("_s").replace("_", "-"))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -78,6 +87,6 @@ def read_config(path: Path) -> dict[str, Any]:
             found = tomllib.load(file)
     except OSError as e:
         raise UsageError(f"cannot read {path}: {e.strerror}") from e
-    except tomllib.TOMLDecodeError as e:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UsageError(f"{path} is not TOML: {e}") from e
     return {key.replace("-", "_"): value for key, value in found.items()}

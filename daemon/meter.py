@@ -40,6 +40,8 @@ _HOLE_NS = 200 * NS_PER_MS
 """A pause between samples longer than this is a hole (the ring wrapped): its power is what the counter leaves over."""
 _STILL_NS = 5 * NS_PER_S
 """An unchanged counter is waited for this long before a window of 0 µJ is believed: a stuck read is not idleness."""
+_MOST_SAMPLES = 30_000
+"""Samples kept while the counter does not answer (10 minutes of them): a dead counter must not eat the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class Meter:
             if end_ns > newest:  # the ring repeats what it held before, and stamps can run backwards by jitter
                 self._samples.append((end_ns, power_mw))
                 newest = end_ns
+        del self._samples[:-_MOST_SAMPLES]
         if self._samples:
             self.last_power_mw = self._samples[-1][1]
 
@@ -162,11 +165,15 @@ class Meter:
         self._samples = [s for s in self._samples if s[0] > at_ns]
 
     def _edge_uncertainty_uj(self, slices: tuple[Slice, ...], energy: int, duration_ns: int) -> int:
-        """One standard deviation of a window's energy from where its two anchors really lie, µJ."""
+        """One standard deviation of a window's energy from where its two anchors really lie, µJ; at most the energy.
+
+        Without that bound a window of some ns (two reads at once, a clock set back over a reboot) would state more than
+        an integer of the ledger holds.
+        """
         shift_ns = self.step_ns / math.sqrt(12)
         ends = (slices[0], slices[-1]) if slices else (Slice(0, duration_ns, energy),) * 2
         powers = (mean_power_mw(s.energy_uj, s.end_ns - s.start_ns) for s in ends)
-        return round(math.hypot(*(energy_uj(p, round(shift_ns)) for p in powers)))
+        return min(energy, round(math.hypot(*(energy_uj(p, round(shift_ns)) for p in powers))))
 
 
 def _shape(start_ns: int, end_ns: int, energy: int, samples: list[tuple[int, int]]) -> tuple[Slice, ...]:

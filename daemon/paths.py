@@ -10,12 +10,18 @@ _MAX_SOCKET_PATH_BYTES = 107
 
 
 def state_dir() -> Path:
-    """`$ENERGYD_STATE_DIR`, else `/var/lib/energyd` for root, else `~/.local/state/energyd` (XDG)."""
+    """`$ENERGYD_STATE_DIR`, else `/var/lib/energyd` for root, else `~/.local/state/energyd` (XDG).
+
+    Raises UsageError for a user without a home (a container that runs under any uid).
+    """
     if given := os.environ.get("ENERGYD_STATE_DIR"):
         return Path(given)
     if os.geteuid() == 0:
         return Path("/var/lib/energyd")
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "energyd"
+    try:
+        return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "energyd"
+    except RuntimeError as e:
+        raise UsageError("this user has no home folder: name a folder with ENERGYD_STATE_DIR or --db") from e
 
 
 def make_private(folder: Path) -> Path:

@@ -77,14 +77,16 @@ def divide(
     touched = overlap.sum(axis=1) > 0
     stray_uj, quiet_uj = _stray(window, active, touched, above_uj, floor)
     in_flight = _in_flight_ns(window, services)
-    standing_uj = round(floor_uj * _covered_ns(window, services) / (window.end_ns - window.start_ns))
+    # in integers: a float could round to more than the floor and leave idle below zero
+    standing_uj = floor_uj * _covered_ns(window, services) // (window.end_ns - window.start_ns)
     active_uj = above_uj - stray_uj - quiet_uj
     if not overlap.any():
         active_uj, quiet_uj = 0, above_uj - stray_uj
     keys = [s.query_id for s in services]
-    standing = _shared(standing_uj, in_flight, keys)
-    own = _shared(active_uj, policy.weights(window, services, overlap, active), keys)
-    other = _shared(active_uj, rival.weights(window, services, overlap, active), keys) if rival else own
+    present = overlap.sum(axis=0) > 0
+    standing = _shared(standing_uj, in_flight, present, keys)
+    own = _shared(active_uj, policy.weights(window, services, overlap, active), present, keys)
+    other = _shared(active_uj, rival.weights(window, services, overlap, active), present, keys) if rival else own
     charges = tuple(Charge(key, a, s, spread_uj=b - a) for key, a, s, b in zip(keys, own, standing, other, strict=True))
     return _settled(window, floor, policy, floor_uj - standing_uj + quiet_uj, stray_uj, charges)
 
@@ -127,14 +129,10 @@ def _stray(
     return 0, lonely_uj
 
 
-def _shared(total_uj: int, weights: NDArray[np.float64], keys: Sequence[str]) -> list[int]:
+def _shared(total_uj: int, weights: NDArray[np.float64], present: NDArray[np.bool_], keys: Sequence[str]) -> list[int]:
+    """Parts by weight; if no weight is usable, equal parts of those present (the rule for joint cost, too)."""
     integers, _ = scaled(weights.tolist())
-    return apportion(total_uj, integers, keys) if any(integers) else _evenly(total_uj, keys)
-
-
-def _evenly(total_uj: int, keys: Sequence[str]) -> list[int]:
-    """Nothing tells the queries apart: equal parts (the rule for joint cost, too)."""
-    return apportion(total_uj, [1] * len(keys), keys)
+    return apportion(total_uj, integers if any(integers) else present.astype(int).tolist(), keys)
 
 
 def _outage(window: Window, services: Sequence[Service], floor: IdleFloor, policy: Policy) -> Settlement:
