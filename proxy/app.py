@@ -141,7 +141,7 @@ class Worker:
         self.forwarder.draining = True
         for connection in self._server.connections:
             if not self.forwarder.busy(connection):  # closing a busy one would lose the rest of its upload
-                connection.close()
+                connection.force_close()
         until = time.monotonic() + self._settings.drain_s
         while self.forwarder.in_flight and time.monotonic() < until and not (hurry and hurry.is_set()):  # noqa: ASYNC110 - three conditions, one of them a clock
             await asyncio.sleep(0.02)

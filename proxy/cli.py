@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import click
+
 from energyd.daemon.errors import UsageError
 from energyd.daemon.paths import ledger_path
 

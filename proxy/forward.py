@@ -20,9 +20,10 @@ from typing import Final
 
 import aiohttp
 from aiohttp import web
-from energyd.daemon.records import QueryStatus
 from multidict import CIMultiDict
 from yarl import URL
+
+from energyd.daemon.records import QueryStatus
 
 from . import headers
 from .record import Book, Watch

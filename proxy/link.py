@@ -5,6 +5,7 @@ from typing import Final
 
 import aiohttp
 import msgspec
+
 from energyd.daemon import wire
 
 _ANSWER_S: Final = 5.0

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+
 from energyd.daemon import wire
 from energyd.daemon.units import NS_PER_MS, seconds
 

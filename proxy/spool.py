@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
+
 from energyd.daemon import wire
 
 _T = TypeVar("_T")

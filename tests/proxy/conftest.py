@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+
 from energyd.daemon.paths import socket_path
 
 from .standins import FakeDaemon

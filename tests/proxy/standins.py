@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+
 from energyd.daemon import wire
 from energyd.proxy.app import Settings, Worker, listen
 from energyd.proxy.forward import Upstream

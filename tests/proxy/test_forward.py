@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gzip
 import random
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -66,7 +67,9 @@ async def test_prefix_and_host_of_the_upstream(db: Path) -> None:
 
 async def test_absolute_form_goes_to_our_upstream(db: Path) -> None:
     """The authority of an absolute request target never chooses where a request goes."""
-    peer = await sent_upstream(db, b"GET http://other.host:9/p?q=1 HTTP/1.1\r\nHost: other\r\nConnection: close\r\n\r\n")
+    peer = await sent_upstream(
+        db, b"GET http://other.host:9/p?q=1 HTTP/1.1\r\nHost: other\r\nConnection: close\r\n\r\n"
+    )
     assert split(peer.head)[0] == b"GET /p?q=1 HTTP/1.1"
 
 
@@ -74,7 +77,9 @@ async def test_absolute_form_goes_to_our_upstream(db: Path) -> None:
 async def test_methods_and_bodies(db: Path, method: str) -> None:
     """Any method passes, with its body and length; nothing is added to a request without a body."""
     raw = method.encode()
-    peer = await sent_upstream(db, raw + b" / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nConnection: close\r\n\r\na\0b")
+    peer = await sent_upstream(
+        db, raw + b" / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nConnection: close\r\n\r\na\0b"
+    )
     assert (split(peer.head)[0], peer.body) == (raw + b" / HTTP/1.1", b"a\0b")
     peer = await sent_upstream(db, raw + b" / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
     assert split(peer.head)[1] == [b"Host: h"]
@@ -83,7 +88,8 @@ async def test_methods_and_bodies(db: Path, method: str) -> None:
 async def test_chunked_upload_of_encoded_bytes(db: Path) -> None:
     """A chunked gzip body arrives chunked, still compressed, with its Content-Encoding."""
     body = gzip.compress(b"x" * 100_000)
-    request = b"POST /v1/x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nContent-Encoding: gzip\r\nConnection: close\r\n\r\n"
+    request = b"POST /v1/x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nContent-Encoding: gzip\r\n"
+    request += b"Connection: close\r\n\r\n"
     request += b"".join(b"%x\r\n%b\r\n" % (len(body[i : i + 7]), body[i : i + 7]) for i in range(0, len(body), 7))
     peer = await sent_upstream(db, request + b"0\r\n\r\n")
     assert peer.body == body
@@ -135,7 +141,9 @@ async def test_head(db: Path) -> None:
 async def test_encoded_response_stays_encoded(db: Path) -> None:
     """A gzip body passes as it is, and its length stays true."""
     body = gzip.compress(b"hello" * 1000)
-    answer = await received(db, b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    answer = await received(
+        db, b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    )
     assert answer.endswith(b"\r\n\r\n" + body)
 
 
@@ -146,7 +154,10 @@ async def test_body_that_ends_with_the_connection(db: Path) -> None:
     assert answer.startswith(b"HTTP/1.1 200 OK\r\nX: 1\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
     assert answer.endswith(b"0\r\n\r\n")
     async with raw_upstream(answering(response)) as upstream, worker(upstream.port, db) as proxy:
-        assert await proxy.exchange(b"GET / HTTP/1.0\r\n\r\n") == b"HTTP/1.1 200 OK\r\nX: 1\r\nConnection: close\r\n\r\nabc"
+        assert (
+            await proxy.exchange(b"GET / HTTP/1.0\r\n\r\n")
+            == b"HTTP/1.1 200 OK\r\nX: 1\r\nConnection: close\r\n\r\nabc"
+        )
 
 
 async def test_each_event_is_passed_on_at_once(db: Path) -> None:
@@ -197,7 +208,9 @@ async def test_connections_are_reused_and_pipelined(db: Path) -> None:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), size=st.integers(0, 300_000), chunked=st.booleans(), encoded=st.booleans())
-async def test_any_body_survives(db: Path, daemon: FakeDaemon, seed: int, size: int, chunked: bool, encoded: bool) -> None:
+async def test_any_body_survives(
+    db: Path, daemon: FakeDaemon, seed: int, size: int, chunked: bool, encoded: bool
+) -> None:
     """Random bodies, cut anywhere, framed either way, come back as they went."""
     body = random.Random(seed).randbytes(size)
     cuts = random.Random(seed + 1)
@@ -216,14 +229,14 @@ async def test_any_body_survives(db: Path, daemon: FakeDaemon, seed: int, size: 
             rest = rest[size:]
         await peer.send(b"0\r\n\r\n")
 
-    async with raw_upstream(echo) as upstream, worker(upstream.port, db) as proxy:
-        async with aiohttp.ClientSession(auto_decompress=False) as session:
-            sent = _pieces(body) if chunked else body
-            async with session.post(f"http://127.0.0.1:{proxy.port}/v1/completions", data=sent) as answer:
-                assert await answer.read() == body
+    raw = aiohttp.ClientSession(auto_decompress=False)
+    async with raw_upstream(echo) as upstream, worker(upstream.port, db) as proxy, raw as session:
+        sent = _pieces(body) if chunked else body
+        async with session.post(f"http://127.0.0.1:{proxy.port}/v1/completions", data=sent) as answer:
+            assert await answer.read() == body
 
 
-async def _pieces(body: bytes):  # type: ignore[no-untyped-def]
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
     for start in range(0, len(body), 9999):
         yield body[start : start + 9999]
 
@@ -246,7 +259,11 @@ async def test_upstream_unreachable(db: Path, daemon: FakeDaemon) -> None:
 
 @pytest.mark.parametrize(
     ("response", "code"),
-    [(b"", b"upstream-closed"), (b"nonsense\r\n\r\n", b"upstream-invalid"), (b"HTTP/1.1 200 OK\r\nX", b"upstream-closed")],
+    [
+        (b"", b"upstream-closed"),
+        (b"nonsense\r\n\r\n", b"upstream-invalid"),
+        (b"HTTP/1.1 200 OK\r\nX", b"upstream-closed"),
+    ],
 )
 async def test_upstream_that_does_not_answer(db: Path, response: bytes, code: bytes) -> None:
     """An upstream that hangs up, or answers with something else than HTTP, is a 502 that says which."""
