@@ -65,7 +65,6 @@ class WorkerState:
     watermark_ns: int
     heard_ns: int
     """When it last spoke, or when the daemon started, whichever is later."""
-    dropped: int = 0
 
     def connected(self, now_ns: int) -> bool:
         """Whether it spoke within the last 5 s."""

@@ -5,7 +5,6 @@ Reads go through a connection of their own in a thread of their own, so a slow q
 
 import asyncio
 import logging
-import sqlite3
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -92,7 +91,8 @@ class AdminApi:
         def run() -> T:
             if self._ledger is None:
                 self._ledger = Ledger.open(self._service.settings.db, readonly=True)
-            return job(self._ledger)
+            with self._ledger.reading():
+                return job(self._ledger)
 
         return await asyncio.get_running_loop().run_in_executor(self._reader, run)
 
@@ -101,12 +101,13 @@ class AdminApi:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """A page in somebody's browser must not read us through a name that it made point to loopback."""
-        host = request.host.rpartition(":")[0] if request.host.count(":") == 1 or "]:" in request.host else request.host
+        named = request.host.lower()
+        host = named.rpartition(":")[0] if named.count(":") == 1 or "]:" in named else named
         if host not in self._hosts:
             return web.json_response({"error": f"host {host!r} is not served here"}, status=421)
         try:
             response = await handler(request)
-        except (EnergydError, sqlite3.Error) as e:
+        except EnergydError as e:
             response = web.json_response({"error": str(e)}, status=503)
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Cache-Control"] = "no-store"
@@ -140,7 +141,7 @@ class AdminApi:
 
     async def _queries(self, request: web.Request) -> web.Response:
         text = request.query.get("limit", "100")
-        if not text.isdigit() or not 0 < int(text) <= _MAX_LIMIT:
+        if not text.isdecimal() or not text.isascii() or not 0 < int(text) <= _MAX_LIMIT:
             return web.json_response({"error": f"limit must be 1 to {_MAX_LIMIT}"}, status=400)
         rows = await self._read(lambda ledger: ledger.recent_queries(int(text)))
         return web.json_response([_public(r) for r in rows])
@@ -150,7 +151,17 @@ class AdminApi:
         row = await self._read(lambda ledger: ledger.query(query_id))
         if row is None:
             return web.json_response({"error": "no such query"}, status=404)
-        return web.json_response(_public(row), status=200 if row["final"] else 202)
+        if row["final"]:
+            return web.json_response(_public(row))
+        s = self._service
+        active_uj, standing_uj = await s.write(lambda: s.books.provisional_uj(query_id, s.clock.now_ns()))
+        if active_uj or standing_uj:
+            row = {
+                **row,
+                "active_uj": (row["active_uj"] or 0) + active_uj,
+                "standing_uj": (row["standing_uj"] or 0) + standing_uj,
+            }
+        return web.json_response(_public(row), status=202)
 
     async def _runs(self, _request: web.Request) -> web.Response:
         runs = await self._read(lambda ledger: ledger.runs())

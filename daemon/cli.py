@@ -27,11 +27,11 @@ _GROUP = "energyd.commands"
 class Verbs(click.Group):
     """A click group that finds verbs by name and turns `EnergydError` into one line and an exit code."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's interface
         """Names of all verbs, own and plugged in, sorted."""
         return sorted({*_OWN, *(e.name for e in entry_points(group=_GROUP))})
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - the same
         """The verb `cmd_name`, imported now; None if there is none."""
         if own := _OWN.get(cmd_name):
             return _command(getattr(import_module(own[0]), own[1]))

@@ -20,7 +20,7 @@ from typing import Any, Self
 import msgspec
 from sqlite_utils import Database
 
-from .errors import LedgerError
+from .errors import LedgerError, UsageError
 from .ledger_views import Views
 from .meter import Anchor, Resume
 from .migrations import migrations
@@ -77,11 +77,11 @@ class Ledger(Views):
             raise LedgerError(f"the folder {path.parent} does not exist; create it or name another place with --db")
         lock = None if readonly else _lock(path)
         try:
-            db = _connect(path, readonly=readonly)
-            _migrate(db, path, readonly=readonly)
-        except sqlite3.Error as e:
-            raise LedgerError(f"{path} cannot be used as a ledger: {e}") from e
-        return cls(db, path, lock)
+            return cls(_ready(path, readonly=readonly), path, lock)
+        except BaseException:
+            if lock is not None:
+                os.close(lock)
+            raise
 
     def __init__(self, db: Database, path: Path, lock: int | None) -> None:
         super().__init__(db)
@@ -97,6 +97,9 @@ class Ledger(Views):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if isinstance(error, sqlite3.Error):
+            with self.reading():
+                raise error
 
     def close(self) -> None:
         """Close the database and give up the writer lock."""
@@ -107,16 +110,29 @@ class Ledger(Views):
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing; SQLite's own complaints (disk full, damaged file) come out as LedgerError."""
+        """All or nothing; SQLite's own complaints (disk full, damaged file) come out as LedgerError.
+
+        Raises UsageError for what the schema refuses: a number beyond 64 bits, a negative count, a sample of a run
+        that never began.
+        """
         try:
             with self.db.atomic():
                 yield
-        except sqlite3.IntegrityError:
-            self._names.clear()
-            raise
-        except sqlite3.Error as e:
+        except BaseException as e:
             self._names.clear()  # ids handed out inside the lost transaction do not exist
-            raise LedgerError(f"the ledger {self.path} refused a write: {e}") from e
+            if isinstance(e, sqlite3.IntegrityError | OverflowError):
+                raise UsageError(f"the ledger cannot hold this: {e}") from e
+            if isinstance(e, sqlite3.Error):
+                raise LedgerError(f"the ledger {self.path} refused a write: {e}") from e
+            raise
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Reads within come out as LedgerError if they fail: a damaged page shows only when it is read."""
+        try:
+            yield
+        except sqlite3.Error as e:
+            raise LedgerError(f"{self.path} cannot be read: {e}; restore it from a copy") from e
 
     # -- hosts, boots, GPUs -------------------------------------------------------------------------------------------
 
@@ -151,22 +167,14 @@ class Ledger(Views):
     def resume(self, uuid: str, boot_id: str) -> Resume | None:
         """Where the meter of this GPU must go on; None if it was never metered."""
         row = self.db.execute(
-            "SELECT w.epoch, w.seq, w.end_ns, w.counter_end_mj, e.boot_id, w.kind FROM windows w JOIN epochs e"
+            "SELECT w.epoch, w.seq, w.end_ns, w.counter_end_mj, e.boot_id FROM windows w JOIN epochs e"
             " USING (gpu_id, epoch) WHERE w.gpu_id = ? ORDER BY w.epoch DESC, w.seq DESC LIMIT 1",
             [self.gpu_id(uuid)],
         ).fetchone()
-        if row is None:
-            return self._resume_closed(uuid)
-        epoch, seq, end_ns, counter_mj, boot, _ = row
-        return Resume(Anchor(end_ns, counter_mj), epoch, seq + 1, same_boot=boot == boot_id)
-
-    def _resume_closed(self, uuid: str) -> Resume | None:
-        """All windows are closed away (a daemon that was down for longer than the retention): a new epoch begins."""
-        row = self.db.execute("SELECT MAX(epoch) FROM epochs WHERE gpu_id = ?", [self.gpu_id(uuid)]).fetchone()
-        if row[0] is None:
+        if row is None:  # retention never takes a GPU's newest window
             return None
-        end = self.db.execute("SELECT MAX(hour_ns) FROM closings WHERE gpu_id = ?", [self.gpu_id(uuid)]).fetchone()
-        return Resume(Anchor((end[0] or 0) + 3600 * NS_PER_S, 0), int(row[0]) + 1, 0, same_boot=False)
+        epoch, seq, end_ns, counter_mj, boot = row
+        return Resume(Anchor(end_ns, counter_mj), epoch, seq + 1, same_boot=boot == boot_id)
 
     # -- windows ------------------------------------------------------------------------------------------------------
 
@@ -246,13 +254,14 @@ class Ledger(Views):
         if acked is None:
             raise KeyError(worker)
         fresh = events[max(0, int(acked[0]) + 1 - first_seq) :]
+        last_seq = first_seq + len(events) - 1 if events else 0  # a heartbeat acknowledges nothing
         with self.transaction():
             for event in fresh:
                 self._record_event(host_id, worker, event)
             self.db.execute(
                 "UPDATE workers SET acked_seq = MAX(acked_seq, ?), watermark_ns = MAX(watermark_ns, ?), dropped = ?"
                 " WHERE worker = ?",
-                [first_seq + len(events) - 1, watermark_ns, dropped, worker],
+                [last_seq, watermark_ns, dropped, worker],
             )
         return len(fresh)
 
@@ -267,24 +276,23 @@ class Ledger(Views):
         elif isinstance(event, Progress):
             self.db.execute(
                 "INSERT INTO timelines SELECT query_no, (SELECT COUNT(*) FROM timelines t WHERE t.query_no = q.query_no), ?"
-                " FROM queries q WHERE query_id = ?",
+                " FROM queries q WHERE query_id = ? AND ended_ns IS NULL",  # no part after the end: nothing would remove it
                 [msgspec.msgpack.encode((event.from_ns, event.deltas_us)), event.query_id],
             )
             self.db.execute(
-                "UPDATE queries SET chunks = chunks + ? WHERE query_id = ?", [len(event.deltas_us), event.query_id]
+                "UPDATE queries SET chunks = chunks + ? WHERE query_id = ? AND ended_ns IS NULL",
+                [len(event.deltas_us), event.query_id],
             )
         else:
             self._record_close(event)
 
     def _record_close(self, event: Close) -> None:
-        answered = event.http_status is not None and 200 <= event.http_status < 300
-        model = model_key(event.requested, event.served) if answered else OTHER  # clients can ask for any name
         self.db.execute(
             "UPDATE queries SET ended_ns = MAX(started_ns + 1, ?), status = ?, http_status = ?, first_byte_ns = ?,"
             " requested = ?, served = ?, model_id = ?, task_id = ?, stream = ?, prompt_tokens = ?, completion_tokens = ?,"
             " usage_source = ?, upload_bytes = ? WHERE query_id = ? AND ended_ns IS NULL",
             [event.end_ns, event.status, event.http_status, event.first_byte_ns, event.requested, event.served,
-             self._name("models", model),
+             self._name("models", booked_model(event)),
              self._name("tasks", event.task) if event.task else None, event.stream, event.prompt_tokens,
              event.completion_tokens, event.usage_source, event.upload_bytes, event.query_id],
         )  # fmt: skip
@@ -350,8 +358,8 @@ class Ledger(Views):
                 self._charge(gpu_id, key, settlement.charges)
                 self._book_day(gpu_id, window_end_ns // NS_PER_DAY, settlement)
                 self._check_charges(gpu_id, key, settlement)
-        except sqlite3.IntegrityError as e:
-            if "UNIQUE" in str(e) and "settlements" in str(e):
+        except UsageError as e:
+            if "UNIQUE constraint failed: settlements" in str(e):
                 return False
             raise LedgerError(f"window {gpu_id}/{key[0]}/{key[1]} was refused: {e}") from e
         return True
@@ -413,12 +421,13 @@ class Ledger(Views):
         """Mark queries final: (id, status to set or None to keep it, rel_u, source); adds them to the daily counts."""
         with self.transaction():
             for query_id, status, rel_u, source in finals:
-                self.db.execute(
+                done = self.db.execute(
                     "UPDATE queries SET final = 1, status = COALESCE(?, status), rel_u = ?, source = ?"
                     " WHERE query_id = ? AND final = 0",
                     [str(status) if status else None, rel_u, source, query_id],
                 )
-                self._count_day(query_id)
+                if done.rowcount:  # a query counts once, whoever says twice that it is over
+                    self._count_day(query_id)
                 self.db.execute(
                     "DELETE FROM timelines WHERE query_no = (SELECT query_no FROM queries WHERE query_id = ?)",
                     [query_id],
@@ -512,6 +521,12 @@ def model_key(requested: str | None, served: str | None) -> str:
     return (name.split("@", 1)[0] or OTHER) if name else OTHER
 
 
+def booked_model(close: Close) -> str:
+    """The model that a query is booked to: `other` without a 2xx answer, because clients can ask for any name."""
+    answered = close.http_status is not None and 200 <= close.http_status < 300
+    return model_key(close.requested, close.served) if answered else OTHER
+
+
 def chunk_times(from_ns: int, deltas_us: Sequence[int]) -> list[int]:
     """Absolute times of delta-coded chunks, ns."""
     times = []
@@ -539,28 +554,45 @@ def _window(uuid: str, row: Mapping[str, Any]) -> Window:
     return Window(gpu=uuid, kind=WindowKind(row["kind"]), slices=tuple(slices), **{k: row[k] for k in keys})
 
 
-def _connect(path: Path, *, readonly: bool) -> Database:
-    uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
-    connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
-    if not readonly:
-        path.chmod(0o600)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute("PRAGMA foreign_keys = ON")
-    return Database(connection)
+def _ready(path: Path, *, readonly: bool) -> Database:
+    """The database at `path`, known to be a ledger of this version before anything about the file is changed."""
+    connection = None
+    try:
+        if not readonly:
+            # Born private: SQLite would ask the umask.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rw'}"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
+        db = Database(connection)
+        _check(db, path, readonly=readonly)
+        if not readonly:
+            path.chmod(0o600)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            migrations.apply(db)
+    except BaseException as e:
+        if connection is not None:
+            connection.close()
+        if isinstance(e, sqlite3.Error):
+            raise LedgerError(f"{path} cannot be used as a ledger: {e}") from e
+        if isinstance(e, OSError):
+            raise LedgerError(f"cannot write {path}: {e.strerror}; name another place with --db") from e
+        raise
+    return db
 
 
-def _migrate(db: Database, path: Path, *, readonly: bool) -> None:
+def _check(db: Database, path: Path, *, readonly: bool) -> None:
     known = {m.name for m in migrations._migrations}  # noqa: SLF001 - the library has no public list of a set's names
     unknown = [m.name for m in migrations.applied(db) if m.name not in known]
     if unknown:
         raise LedgerError(f"{path} was written by a newer energyd (it has {unknown[-1]!r}); update energyd to read it")
     if migrations.pending(db):
+        # A process killed while it made the ledger may have left the migrations' own table, and nothing else.
+        if {*db.table_names()} - {migrations.migrations_table} and not migrations.applied(db):
+            raise LedgerError(f"{path} is a database of something else; name another file with --db")
         if readonly:
             raise LedgerError(f"{path} is not a ledger of this version of energyd; open it once with a writing verb")
-        if db.table_names() and not migrations.applied(db):
-            raise LedgerError(f"{path} is a database of something else; name another file with --db")
-        migrations.apply(db)
 
 
 def _lock(path: Path) -> int:

@@ -109,7 +109,8 @@ def drop_queries(ledger: Ledger, before_ns: int) -> None:
     with ledger.transaction():
         ledger.db.execute(
             "DELETE FROM queries WHERE query_no IN (SELECT query_no FROM queries q WHERE final = 1 AND ended_ns < ?"
+            " AND started_ns < ?"  # implied, but this one has an index
             " AND NOT EXISTS (SELECT 1 FROM charges c WHERE c.query_no = q.query_no)"
             " AND NOT EXISTS (SELECT 1 FROM run_samples s WHERE s.query_id = q.query_id) LIMIT 10000)",
-            [before_ns],
+            [before_ns, before_ns],
         )

@@ -174,8 +174,9 @@ class Views:
         """Queries whose energy is not the sum of their charges (open ones and those in closed hours)."""
         return list(
             self.db.query(
-                "SELECT q.query_id, q.active_uj, q.standing_uj, q.closed_active_uj + COALESCE(c.active_uj, 0) AS charged_active_uj,"
-                " q.closed_standing_uj + COALESCE(c.standing_uj, 0) AS charged_standing_uj FROM queries q LEFT JOIN"
+                "SELECT q.query_id, q.active_uj, q.standing_uj, q.closed_active_uj + COALESCE(c.active_uj, 0) AS"
+                " charged_active_uj, q.closed_standing_uj + COALESCE(c.standing_uj, 0) AS charged_standing_uj"
+                " FROM queries q LEFT JOIN"
                 " (SELECT query_no, SUM(active_uj) AS active_uj, SUM(standing_uj) AS standing_uj FROM charges GROUP BY 1) c"
                 " USING (query_no) WHERE COALESCE(q.active_uj, 0) <> charged_active_uj"
                 " OR COALESCE(q.standing_uj, 0) <> charged_standing_uj"
@@ -218,6 +219,13 @@ class Views:
             )
         )
 
-    def dropped_events(self) -> int:
-        """Events that proxies had to drop because their outbox and spool were full."""
-        return int(self.db.execute("SELECT COALESCE(SUM(dropped), 0) FROM workers").fetchone()[0])
+    def late_queries(self) -> int:
+        """Queries that were final as `late` since the ledger began."""
+        sql = "SELECT COALESCE(SUM(queries), 0) FROM daily_queries WHERE status = 'late'"
+        return int(self.db.execute(sql).fetchone()[0])
+
+    def dropped_events(self) -> dict[str, int]:
+        """Events that each proxy worker, also one that is gone, had to drop because its outbox and spool were full."""
+        return {
+            r["worker"]: r["dropped"] for r in self.db.query("SELECT worker, dropped FROM workers WHERE dropped > 0")
+        }

@@ -1,6 +1,7 @@
 """The local socket: proxies report queries, the bench reports runs. Unix socket, 0600, same user only; see `wire`."""
 
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -14,8 +15,9 @@ import msgspec
 from aiohttp import web
 
 from . import wire
-from .errors import LedgerError, UnavailableError
+from .errors import LedgerError, UnavailableError, UsageError
 from .questions import energy_answer
+from .units import NS_PER_US
 
 if TYPE_CHECKING:
     from .service import Service
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T", bound=msgspec.Struct)
 _MAX_BODY = 64 * 1024 * 1024
+_MOST_NS = 1 << 61
+"""Clock values beyond this (73 years) are no clock's; two of them still fit SQLite's 64 bits."""
+_MOST_PID = 1 << 22
+_ENDED = ("ok", "failed", "aborted")
 
 
 class _Rating(msgspec.Struct, frozen=True):
@@ -44,9 +50,7 @@ class LocalApi:
 
     async def start(self, path: Path) -> None:
         """Listen at `path` (0600); raises UnavailableError if a living daemon listens there."""
-        if path.exists():
-            _refuse_if_alive(path)
-            path.unlink()
+        _make_room(path)
         app = web.Application(middlewares=[_guard], client_max_size=_MAX_BODY)
         app.add_routes(
             [
@@ -79,16 +83,28 @@ class LocalApi:
 
     async def _hello(self, request: web.Request) -> web.Response:
         hello = await _body(request, wire.Hello)
+        if hello.version != wire.WIRE_VERSION:
+            raise web.HTTPBadRequest(text=f"format {hello.version} is not spoken here, but {wire.WIRE_VERSION}: update")
+        _check(0 <= hello.pid < _MOST_PID and _clock(hello.mono_ns) and _clock(hello.unix_ns), "hello")
         s = self._service
         acked = await s.write(lambda: s.books.hello(hello, s.clock.now_ns()))
         return _answer(wire.HelloReply(acked))
 
     async def _batch(self, request: web.Request) -> web.Response:
         batch = await _body(request, wire.Batch)
+        _check(batch.first_seq > 0 and _clock(batch.watermark_ns) and 0 <= batch.dropped < _MOST_NS, "batch")
+        for place, event in enumerate(batch.events):
+            _check(_sound(event), f"event {place}")
         s = self._service
-        if not s.books.knows(batch.worker):
+
+        def take() -> bool:
+            known = s.books.knows(batch.worker)
+            if known:
+                s.books.take(batch, s.clock.now_ns())
+            return known
+
+        if not await s.write(take):  # asked in the writer thread: it may have given the worker up a moment ago
             return web.Response(status=409, text="unknown worker: say hello again")
-        await s.write(lambda: s.books.take(batch, s.clock.now_ns()))
         return web.Response()
 
     async def _bye(self, request: web.Request) -> web.Response:
@@ -99,6 +115,7 @@ class LocalApi:
 
     async def _run_start(self, request: web.Request) -> web.Response:
         run = await _body(request, wire.RunStart)
+        _check(_jsonable(run.provenance), "provenance")
         s = self._service
         await s.write(lambda: s.ledger.start_run(s.host_id, run, s.clock.now_ns()))
         return web.Response()
@@ -115,6 +132,7 @@ class LocalApi:
 
     async def _run_end(self, request: web.Request) -> web.Response:
         end = await _body(request, wire.RunEnd)
+        _check(_jsonable(end.summary), "summary")
         s = self._service
         offset_ns = s.clock.offset_ns
         moved = msgspec.structs.replace(end, start_ns=end.start_ns + offset_ns, end_ns=end.end_ns + offset_ns)
@@ -132,6 +150,7 @@ class LocalApi:
 
     async def _rating(self, request: web.Request) -> web.Response:
         rating = await _body(request, _Rating)
+        _check(_jsonable(rating.rows), "rows")
         s = self._service
         await s.write(lambda: s.ledger.add_rating(**msgspec.structs.asdict(rating)))
         return web.Response()
@@ -168,8 +187,38 @@ async def status(s: "Service") -> wire.Status:
 async def _body(request: web.Request, kind: type[T]) -> T:
     try:
         return msgspec.msgpack.decode(await request.read(), type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise web.HTTPBadRequest(text=f"not a {kind.__name__}: {e}") from e
+
+
+def _check(sound: bool, what: str) -> None:
+    """Refuse what the types let through but the ledger could not hold, or could not read back after a restart."""
+    if not sound:
+        raise web.HTTPBadRequest(text=f"{what} holds a value that makes no sense")
+
+
+def _clock(at_ns: int) -> bool:
+    return 0 <= at_ns < _MOST_NS
+
+
+def _sound(event: wire.Event) -> bool:
+    if isinstance(event, wire.Open):
+        return _clock(event.start_ns) and 0 < len(event.query_id) <= wire.MAX_NAME_BYTES
+    if isinstance(event, wire.Progress):
+        steps = event.deltas_us
+        return _clock(event.from_ns) and min(steps, default=0) >= 0 and _clock(sum(steps) * NS_PER_US)
+    times = (event.end_ns, event.first_byte_ns or 0)
+    counts = (event.prompt_tokens or 0, event.completion_tokens or 0, event.upload_bytes or 0, event.http_status or 0)
+    return event.status in _ENDED and all(map(_clock, times)) and all(0 <= n < _MOST_NS for n in counts)
+
+
+def _jsonable(value: object) -> bool:
+    """Whether the value can be stored as JSON: msgpack also has bytes, stamps and keys that are no text."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _answer(message: msgspec.Struct) -> web.Response:
@@ -180,11 +229,16 @@ def _answer(message: msgspec.Struct) -> web.Response:
 async def _guard(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Peer credentials first; then failures of the ledger become 503, which tells a proxy to keep its events."""
+    """Peer credentials first; then failures of the ledger become 503, which tells a proxy to keep its events.
+
+    What the schema refuses is the sender's fault: 400.
+    """
     if not _same_user(request):
         raise web.HTTPForbidden(text="this socket answers its own user and root only")
     try:
         return await handler(request)
+    except UsageError as e:
+        return web.Response(status=400, text=str(e))
     except LedgerError as e:
         return web.Response(status=503, text=str(e))
 
@@ -197,9 +251,12 @@ def _same_user(request: web.Request) -> bool:
     return uid in (0, os.geteuid())
 
 
-def _refuse_if_alive(path: Path) -> None:
+def _make_room(path: Path) -> None:
     """A socket file may be left from a crash; a daemon that answers on it may not be pushed aside."""
+    if not path.exists():
+        return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
         probe.settimeout(1.0)
         probe.connect(str(path))
         raise UnavailableError(f"a daemon already listens at {path}; stop it first, or give this one another --db")
+    path.unlink(missing_ok=True)

@@ -58,6 +58,7 @@ CREATE TABLE windows (
     CHECK (energy_uj IS NULL OR energy_uj = (counter_end_mj - counter_start_mj) * 1000)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX windows_by_time ON windows (gpu_id, end_ns);
+CREATE INDEX windows_with_shape ON windows (end_ns) WHERE shape IS NOT NULL;
 CREATE TABLE settlements (
     gpu_id INTEGER NOT NULL, epoch INTEGER NOT NULL, seq INTEGER NOT NULL,
     energy_uj INTEGER NOT NULL, active_uj INTEGER NOT NULL CHECK (active_uj >= 0),
@@ -144,6 +145,7 @@ CREATE TABLE run_samples (
     start_ns INTEGER NOT NULL, end_ns INTEGER NOT NULL, ok INTEGER NOT NULL, http_status INTEGER, error TEXT,
     PRIMARY KEY (run_id, phase, idx)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX run_samples_by_query ON run_samples (query_id);
 CREATE TABLE ratings (
     rating_id TEXT NOT NULL, created_ns INTEGER NOT NULL, edition TEXT NOT NULL, method TEXT NOT NULL,
     basis TEXT NOT NULL, rows TEXT NOT NULL, PRIMARY KEY (rating_id)

@@ -81,7 +81,7 @@ def open_sensor(settings: Settings, clock: Clock) -> Sensor | None:
         return ReplaySensor(read_trace(settings.trace), clock)
     from .sensors.nvml import NvmlSensor
 
-    bad = [g for g in settings.gpus if not g.isdigit()]
+    bad = [g for g in settings.gpus if not (g.isascii() and g.isdecimal())]
     if bad:
         raise UsageError(f"--gpu takes the index of a GPU, such as 0, not {bad[0]!r}")
     return NvmlSensor.open(clock, [int(g) for g in settings.gpus] or None)
@@ -186,7 +186,12 @@ class Service:
 
     async def write(self, job: Callable[[], T]) -> T:
         """Run `job` in the writer thread, which alone touches books and ledger."""
-        return await asyncio.get_running_loop().run_in_executor(self._writer, job)
+
+        def run() -> T:
+            with self.ledger.reading():
+                return job()
+
+        return await asyncio.get_running_loop().run_in_executor(self._writer, run)
 
     def _tick(self) -> None:
         """In the writer thread: store what the meters completed, settle what can be settled."""
@@ -280,15 +285,12 @@ class Service:
             loop.add_signal_handler(number, self._stopped.set)
         local, admin = LocalApi(self), AdminApi(self)
         try:
-            await local.start(paths.socket_path(self.settings.db))
-            bound = await admin.start(self.settings.admin)
-        except OSError as e:
+            bound = await self._listen(local, admin)
+        except BaseException:
+            await admin.stop()
             await local.stop()
             self.close()
-            raise UnavailableError(
-                f"cannot listen on {self.settings.admin} ({e.strerror or e}); another daemon may be running,"
-                " or name another address with --admin"
-            ) from e
+            raise
         threads = [
             threading.Thread(target=self._meter_loop, args=(t,), name=f"meter-{t.gpu.index}", daemon=True)
             for t in self.meters.values()
@@ -307,6 +309,21 @@ class Service:
         with contextlib.suppress(LedgerError):
             await self.write(self._tick)
         self.close()
+
+    async def _listen(self, local: LocalApi, admin: AdminApi) -> str:
+        """Open both doors; returns the admin address that was bound. Raises UnavailableError or UsageError."""
+        path = paths.socket_path(self.settings.db)
+        try:
+            await local.start(path)
+        except OSError as e:
+            raise UnavailableError(f"cannot listen at {path} ({e.strerror or e}); name another place with --db") from e
+        try:
+            return await admin.start(self.settings.admin)
+        except OSError as e:
+            raise UnavailableError(
+                f"cannot listen on {self.settings.admin} ({e.strerror or e}); another daemon may be running,"
+                " or name another address with --admin"
+            ) from e
 
     def _announce(self, admin: str) -> None:
         for t in self.meters.values():

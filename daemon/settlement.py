@@ -22,9 +22,9 @@ from .activity import Activity, ActivityBook, WorkerState
 from .attribution import Policy
 from .attribution.accounts import LEAD_NS, TAIL_NS, divide
 from .attribution.floor import QUIET_DISTANCE_NS, IdleFloor
-from .ledger import Ledger, chunk_times, model_key
+from .ledger import Ledger, booked_model, chunk_times
 from .meter import Resume
-from .records import Gpu, QueryStatus, Settlement, Window, WindowKind
+from .records import Gpu, QueryStatus, Service, Settlement, Window, WindowKind
 from .units import NS_PER_MS, NS_PER_S
 from .wire import Batch, Event, Hello, Open, Progress
 
@@ -56,6 +56,8 @@ class _Pending:
     window: Window
     touch_ns: int
     """Value of the touch clock when the window came: its age towards the horizon."""
+    seen: bool = False
+    """The idle floor has learned from it: a window that a full disk sends back must not count again and again."""
 
 
 class _GpuBooks:
@@ -66,6 +68,8 @@ class _GpuBooks:
         self.floor = floor
         self.settled_until_ns = settled_until_ns
         self.pending: deque[_Pending] = deque()
+        self.newest = (-1, -1)
+        """Epoch and sequence number of the newest window taken in."""
 
 
 class Books:
@@ -93,13 +97,14 @@ class Books:
         self.rival = rival
         self.offset_ns = offset_ns
         self.limits = limits
-        self.late_queries = 0
+        self.late_queries = ledger.late_queries()
         self._spool_dir = spool_dir
         self._on_settled = on_settled or (lambda _settlement, _models: None)
         self._on_final = on_final or (lambda _query_id: None)
         self._gpus: dict[str, _GpuBooks] = {}
         self._workers: dict[str, WorkerState] = {}
         self._book = ActivityBook()
+        self._dropped = ledger.dropped_events()
         self._touch_ns = 0
         self._advanced_ns = now_ns
         self._started_ns = now_ns
@@ -129,7 +134,13 @@ class Books:
                 completion_tokens=q.completion_tokens, model=q.model or "", status=q.status,
             )  # fmt: skip
             activity.chunks.extend(t - q.start_ns for t in q.chunks_ns)
+            # Only the horizon (or its lateness) settles a window under an open query.
+            activity.partial = q.end_ns is None and self._settled_after(q.start_ns, gpus)
             self._book.add(activity)
+
+    def _settled_after(self, at_ns: int, gpus: Iterable[str]) -> bool:
+        """Whether a window that ends after this instant is settled on any of these GPUs."""
+        return any(self._gpus[g].settled_until_ns > at_ns for g in gpus)
 
     def _all_gpus(self) -> frozenset[str]:
         return frozenset(self._gpus)
@@ -146,8 +157,11 @@ class Books:
 
     def hello(self, hello: Hello, now_ns: int) -> int:
         """A worker introduces itself; returns the last of its sequence numbers that is committed."""
-        same_boot = hello.boot_id == self.boot_id
-        offset_ns = self.offset_ns if same_boot else hello.unix_ns - hello.mono_ns
+        # One offset a boot: if the daemon ran in that boot, its windows lie on the offset that is stored for it.
+        same_boot, own_ns = hello.boot_id == self.boot_id, hello.unix_ns - hello.mono_ns
+        offset_ns = (
+            self.offset_ns if same_boot else self.ledger.boot_offset(self.host_id, hello.boot_id, own_ns, now_ns)
+        )
         acked = self.ledger.register_worker(self.host_id, hello, offset_ns)
         servers: dict[str, frozenset[str]] = {s.name: self._gpus_of(s.gpus) for s in hello.servers}
         known = self._workers.get(hello.worker)
@@ -165,7 +179,8 @@ class Books:
     def take(self, batch: Batch, now_ns: int) -> int:
         """Store a worker's events and use them; returns how many were new. Raises KeyError for a stranger."""
         worker = self._workers[batch.worker]
-        worker.heard_ns, worker.dropped = now_ns, batch.dropped
+        worker.heard_ns = now_ns
+        self._dropped[batch.worker] = max(batch.dropped, self._dropped.get(batch.worker, 0))
         events = [_shifted(e, worker.offset_ns) for e in batch.events]
         watermark_ns = batch.watermark_ns + worker.offset_ns
         if batch.events or watermark_ns - worker.watermark_ns > NS_PER_S:
@@ -180,21 +195,25 @@ class Books:
 
     def bye(self, worker: str, now_ns: int) -> None:
         """A worker has nothing more to say; what it left open ended when it was last seen."""
-        state = self._workers.pop(worker, None)
+        # The ledger first: what it refuses (a full disk) is asked of it again, what memory has forgotten is not.
+        self._cut_off(worker, now_ns)
         self.ledger.worker_gone(worker)
-        if state:
-            self._cut_off(worker, now_ns)
+        self._workers.pop(worker, None)
 
     def add_windows(self, windows: Sequence[Window]) -> None:
         """Store what a meter completed; it is settled when its time has come."""
-        self.ledger.append_windows(windows, self.boot_id)
+        with self.ledger.transaction():
+            self.ledger.append_windows(windows, self.boot_id)
+            for window in windows:
+                if window.kind is not WindowKind.METERED:
+                    self._note(window)
         for window in windows:
             state = self._gpus[window.gpu]
-            if window.kind is not WindowKind.METERED:
-                self._note(window)
-            if window.kind is WindowKind.GAP:
+            if (window.epoch, window.seq) <= state.newest:
                 continue
-            state.pending.append(_Pending(window, self._touch_ns))
+            state.newest = (window.epoch, window.seq)
+            if window.kind is not WindowKind.GAP:
+                state.pending.append(_Pending(window, self._touch_ns))
 
     def _note(self, window: Window) -> None:
         detail = {
@@ -207,27 +226,27 @@ class Books:
         if isinstance(event, Open):
             gpus = worker.servers.get(event.server, self._all_gpus())
             activity = Activity(event.query_id, worker.worker, gpus, event.start_ns)
-            activity.late = any(self._gpus[g].settled_until_ns > event.start_ns for g in gpus)
+            activity.late = self._settled_after(event.start_ns, gpus)
             self.late_queries += activity.late
             self._book.add(activity)
             return
         found = self._book.get(event.query_id)
-        if found is None:
-            return  # it was final already: a repeat after a crash
+        if found is None or found.end_ns is not None:
+            return  # a worker that was given up for lost is back: its queries have ended
         if isinstance(event, Progress):
             found.chunks.extend(t - found.start_ns for t in chunk_times(event.from_ns, event.deltas_us))
-        elif found.end_ns is None:
+        else:
             found.end_ns = max(event.end_ns, found.start_ns + 1)
             found.prompt_tokens, found.completion_tokens = event.prompt_tokens, event.completion_tokens
-            found.model = model_key(event.requested, event.served)
+            found.model = booked_model(event)
             found.status = QueryStatus(event.status)
 
     def _cut_off(self, worker: str, now_ns: int) -> None:
         for activity in self._book.open_queries():
             if activity.worker == worker:
-                activity.end_ns = min(now_ns, activity.last_seen_ns() + 1)
-                activity.status = QueryStatus.PARTIAL
-                self.ledger.cut_off(activity.query_id, activity.end_ns)
+                end_ns = max(activity.start_ns + 1, min(now_ns, activity.last_seen_ns() + 1))
+                self.ledger.cut_off(activity.query_id, end_ns)
+                activity.end_ns, activity.status = end_ns, QueryStatus.PARTIAL
 
     # -- settling -----------------------------------------------------------------------------------------------------
 
@@ -239,7 +258,7 @@ class Books:
         settled = 0
         for state in self._gpus.values():
             while state.pending and self._ready(state.pending[0]):
-                self._settle(state, state.pending[0].window, now_ns)
+                self._settle(state, state.pending[0], now_ns)
                 state.pending.popleft()  # only now: a ledger that refuses (disk full) leaves the window to be tried again
                 settled += 1
         self._finish(now_ns)
@@ -285,12 +304,14 @@ class Books:
             return True
         return not any(a.end_ns is None for a in self._book.on(window.gpu, window.start_ns - TAIL_NS, reach_ns))
 
-    def _settle(self, state: _GpuBooks, window: Window, now_ns: int) -> None:
-        near = self._book.on(window.gpu, window.start_ns - QUIET_DISTANCE_NS, window.end_ns + QUIET_DISTANCE_NS)
+    def _settle(self, state: _GpuBooks, pending: _Pending, now_ns: int) -> None:
+        window = pending.window
+        near = self._book.on(window.gpu, *_reach(window))
         services = [a.service(now_ns) for a in near]
-        if window.kind is WindowKind.METERED:
+        if window.kind is WindowKind.METERED and not pending.seen:
             state.floor.see(window, services)
-        reached = [s for s in services if s.start_ns - LEAD_NS < window.end_ns and s.end_ns + TAIL_NS > window.start_ns]
+            pending.seen = True
+        reached = _reached(window, services)
         settlement = divide(window, reached, state.floor, self.policy, self.rival)
         if self.ledger.settle(settlement, window.end_ns, now_ns):
             self._on_settled(settlement, {a.query_id: a.model for a in near})
@@ -318,7 +339,11 @@ class Books:
 
     def _settled_past(self, activity: Activity, now_ns: int) -> bool:
         reach_ns = (activity.end_ns or now_ns) + TAIL_NS
-        return all(self._gpus[g].settled_until_ns >= reach_ns for g in activity.gpus)
+        behind = [self._gpus[g] for g in activity.gpus if self._gpus[g].settled_until_ns < reach_ns]
+        if behind and all(not g.pending and now_ns - reach_ns > self.limits.horizon_ns for g in behind):
+            activity.partial = True  # a GPU that fell off the bus: nobody waits for its next reading for ever
+            return True
+        return not behind
 
     def _final(self, a: Activity) -> tuple[str, QueryStatus | None, float | None, str | None]:
         active_uj, standing_uj, spread_uj = self.ledger.energy_of(a.query_id)
@@ -354,6 +379,24 @@ class Books:
         """Another server was loaded on the GPU, or one left: its idle level is a new one."""
         self._gpus[gpu].floor.processes_changed()
 
+    def provisional_uj(self, query_id: str, now_ns: int) -> tuple[int, int]:
+        """Active and standing energy that a query would get of the windows not settled yet, µJ; nothing is booked.
+
+        Windows wait for the longest query that overlaps them: until then this is what there is to show.
+        """
+        found = self._book.get(query_id)
+        active_uj = standing_uj = 0
+        for gpu in found.gpus if found else ():
+            state = self._gpus[gpu]
+            for window in (p.window for p in state.pending):
+                reached = _reached(window, [a.service(now_ns) for a in self._book.on(gpu, *_reach(window))])
+                if any(s.query_id == query_id for s in reached):
+                    settlement = divide(window, reached, state.floor, self.policy)
+                    own = next((c for c in settlement.charges if c.query_id == query_id), None)
+                    active_uj += own.active_uj if own else 0
+                    standing_uj += own.standing_uj if own else 0
+        return active_uj, standing_uj
+
     def idle_floor_mw(self, gpu: str) -> int | None:
         """The idle floor of a GPU as it is now, mW; None: unknown."""
         return self._gpus[gpu].floor.mw
@@ -365,8 +408,8 @@ class Books:
 
     @property
     def dropped_events(self) -> int:
-        """Events that the workers known now had to drop."""
-        return sum(w.dropped for w in self._workers.values())
+        """Events that workers, also those that are gone, had to drop."""
+        return sum(self._dropped.values())
 
     @property
     def open_queries(self) -> int:
@@ -390,6 +433,16 @@ def rel_u(energy_uj: int, spread_uj: int, duration_ns: int) -> float | None:
         return None
     edge = math.sqrt(2) * _EDGE_NS / max(duration_ns, _EDGE_NS)
     return math.hypot(_METER_REL_U, edge, spread_uj / 2 / energy_uj)
+
+
+def _reach(window: Window) -> tuple[int, int]:
+    """From when until when a query can matter to a window."""
+    return window.start_ns - QUIET_DISTANCE_NS, window.end_ns + QUIET_DISTANCE_NS
+
+
+def _reached(window: Window, services: Sequence[Service]) -> list[Service]:
+    """Services whose span, lead or tail reaches into the window."""
+    return [s for s in services if s.start_ns - LEAD_NS < window.end_ns and s.end_ns + TAIL_NS > window.start_ns]
 
 
 def _shifted(event: Event, offset_ns: int) -> Event:

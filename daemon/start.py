@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from .config import read_config
+from .errors import UsageError
 from .verbs import DB, daemon_options, ledger_path
 
 _FIRST_PAUSE_S = 1.0
@@ -130,7 +131,11 @@ def start(db: Path | None, config: Path | None, **options: Any) -> None:  # noqa
 
 def _defaults(ctx: click.Context, path: Path | None) -> Path | None:
     if path is not None:
-        ctx.default_map = {**(ctx.default_map or {}), **read_config(path)}
+        found = read_config(path)
+        unknown = sorted(set(found) - {p.name for p in ctx.command.params})
+        if unknown:  # a mistyped option that is passed over would leave its default in force, unseen
+            raise UsageError(f"{path} has an option that `energyd start` does not know: {unknown[0]}")
+        ctx.default_map = {**(ctx.default_map or {}), **found}
     return path
 
 

@@ -135,7 +135,7 @@ def audit(ctx: click.Context, db: Path | None, *, as_json: bool) -> None:
         ]
         summary = _summary(ledger)
         quality = dict(ledger.quality())
-        dropped = ledger.dropped_events()
+        dropped = sum(ledger.dropped_events().values())
     unattributed_uj = sum(v for k, v in summary["accounts_uj"].items() if k.startswith("unattributed"))
     metered_uj = summary["metered_energy_uj"]
     report = {
