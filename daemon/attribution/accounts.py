@@ -106,7 +106,7 @@ def _covered_ns(window: Window, services: Sequence[Service]) -> int:
     """How long at least one query was in flight within the window, ns."""
     covered_ns, reached_ns = 0, window.start_ns
     for start_ns, end_ns in sorted(_clip(window, s) for s in services):
-        if end_ns > reached_ns:
+        if end_ns > max(start_ns, reached_ns):  # one that only leads into the window ends before it starts here
             covered_ns += end_ns - max(start_ns, reached_ns)
             reached_ns = end_ns
     return covered_ns
