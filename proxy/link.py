@@ -20,6 +20,10 @@ class UnknownWorkerError(Exception):
     """The daemon does not know this worker (it was restarted): say hello again."""
 
 
+class RefusedBatchError(Exception):
+    """The daemon will never take this batch: it holds something that makes no sense."""
+
+
 class Link:
     """One worker's connection to the daemon; opened lazily, reopened by itself."""
 
@@ -36,7 +40,7 @@ class Link:
             raise DaemonAwayError(f"hello was answered with something else: {e}") from e
 
     async def batch(self, message: wire.Batch) -> None:
-        """Deliver a batch: on return it is committed. Raises DaemonAwayError or UnknownWorkerError."""
+        """Deliver a batch: on return it is committed. Raises DaemonAwayError, UnknownWorkerError, RefusedBatchError."""
         await self._post(wire.PATH_BATCH, message)
 
     async def bye(self, worker: str) -> None:
@@ -62,6 +66,8 @@ class Link:
             raise DaemonAwayError(f"{type(e).__name__} on {self._socket}") from e
         if answer.status == 409:
             raise UnknownWorkerError
+        if answer.status == 400 and path == wire.PATH_BATCH:
+            raise RefusedBatchError
         if answer.status != 200:
             raise DaemonAwayError(f"{path} was answered with status {answer.status}")
         return body

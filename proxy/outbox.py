@@ -23,7 +23,7 @@ import msgspec
 from energyd.daemon import wire
 from energyd.daemon.units import NS_PER_MS, seconds
 
-from .link import DaemonAwayError, Link, UnknownWorkerError
+from .link import DaemonAwayError, Link, RefusedBatchError, UnknownWorkerError
 from .spool import Orphan, Spool, SpoolFullError, after, joined, orphans
 
 _LOG = logging.getLogger("energyd.proxy")
@@ -177,9 +177,17 @@ class Outbox:
             _LOG.warning("energyd proxy: the daemon is back")
 
     async def _send(self, batch: wire.Batch) -> None:
-        await self._link.batch(batch)
-        self.counts.sent += len(batch.events)
+        await self._post(batch)
         self._acknowledge(batch.first_seq + len(batch.events) - 1)
+
+    async def _post(self, batch: wire.Batch) -> None:
+        try:
+            await self._link.batch(batch)
+            self.counts.sent += len(batch.events)
+        except RefusedBatchError:
+            # Sent again it would be refused again, and everything behind it would wait for ever.
+            self.counts.dropped += len(batch.events)
+            _LOG.warning("energyd proxy: the daemon refused %d events; they are dropped and counted", len(batch.events))
 
     def _acknowledge(self, acked_seq: int) -> None:
         self._acked_seq = max(self._acked_seq, acked_seq)
@@ -265,7 +273,7 @@ class Outbox:
         acked = await self._link.hello(msgspec.structs.replace(orphan.hello, pid=0, adopted=True))
         for batch in joined(orphan.batches(), _BATCH_EVENTS):
             if (rest := after(batch, acked)) is not None:
-                await self._link.batch(rest)
+                await self._post(rest)
                 self.counts.adopted += len(rest.events)
         await self._link.bye(orphan.hello.worker)
         orphan.remove()

@@ -119,6 +119,7 @@ class FakeDaemon:
     heartbeats: int = 0
     gaps: list[tuple[str, int, int]] = field(default_factory=list)
     lose_replies: int = 0
+    refuse: int = 0
     hold: asyncio.Event | None = None
     bodies: bytes = b""
     known: set[str] = field(default_factory=set)
@@ -171,6 +172,9 @@ class FakeDaemon:
             return web.Response(status=409)
         if self.hold is not None:
             await self.hold.wait()
+        if self.refuse and batch.events:
+            self.refuse -= 1
+            return web.Response(status=400)
         acked = self.acked.get(batch.worker, 0)
         if batch.events and batch.first_seq > acked + 1:
             self.gaps.append((batch.worker, acked, batch.first_seq))

@@ -346,6 +346,17 @@ async def test_what_is_no_path_is_refused(db: Path, request_line: bytes) -> None
         assert not upstream.peers
 
 
+async def test_websocket_is_refused(db: Path) -> None:
+    """A WebSocket handshake is a clean 501 that says so; the server behind hears nothing."""
+    handshake = b"GET /v1/realtime HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    handshake += b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    async with raw_upstream(answering(OK)) as upstream, worker(upstream.port, db) as proxy:
+        answer = await proxy.exchange(handshake)
+        assert answer.startswith(b"HTTP/1.1 501 ")
+        assert b"x-energyd-error: websocket-not-supported" in answer
+        assert not upstream.peers
+
+
 # Clients that leave.
 
 

@@ -138,6 +138,17 @@ async def test_lost_replies_are_not_sent_twice(db: Path, daemon: FakeDaemon) -> 
         assert not daemon.gaps
 
 
+async def test_a_refused_batch_does_not_block(db: Path, daemon: FakeDaemon) -> None:
+    """A batch that the daemon will never take is dropped and counted; what follows it is delivered."""
+    daemon.refuse = 1
+    async with outbox(db) as box:
+        box.put(event(0))
+        await daemon.wait(lambda: daemon.refuse == 0)
+        box.put(event(1))
+        await daemon.wait(lambda: numbers(daemon.events) == [1])
+        assert box.counts.dropped == 1
+
+
 async def test_a_hanging_daemon(db: Path, daemon: FakeDaemon) -> None:
     """While the daemon hangs, events go to the disk within a second; when it answers, they are not sent twice."""
     async with outbox(db) as box:
