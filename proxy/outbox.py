@@ -21,7 +21,7 @@ from typing import Final
 import msgspec
 
 from energyd.daemon import wire
-from energyd.daemon.units import NS_PER_MS, seconds
+from energyd.daemon.units import NS_PER_MS, NS_PER_S, seconds
 
 from .link import DaemonAwayError, Link, RefusedBatchError, UnknownWorkerError
 from .spool import Orphan, Spool, SpoolFullError, after, joined, orphans
@@ -33,6 +33,8 @@ _OLD_NS: Final = 500 * NS_PER_MS
 """An event that is not delivered after this long is written to disk: what a kill -9 of the proxy may cost."""
 _BATCH_EVENTS: Final = 1000
 """Keeps a batch well under 1 MiB, the body size that the daemon accepts."""
+_TELL_AFTER_NS: Final = 2 * NS_PER_S
+"""A daemon that starts together with the proxy, or restarts, is not worth a line."""
 _ADOPT_S: Final = 5.0
 _FAREWELL_S: Final = 3.0
 
@@ -81,6 +83,7 @@ class Outbox:
         self._watermark_ns = now_ns()
         self._marks: deque[tuple[int, int]] = deque()
         self._connected = False
+        self._away_since_ns = 0
         self._away_told = False
         self._tell: Callable[[], None] = lambda: None
         self._open_queries: Callable[[], int] = lambda: 0
@@ -161,7 +164,8 @@ class Outbox:
             self._connected = False
         except DaemonAwayError as e:
             self._connected = False
-            if not self._away_told:
+            self._away_since_ns = self._away_since_ns or self._now_ns()
+            if not self._away_told and self._now_ns() - self._away_since_ns > _TELL_AFTER_NS:
                 self._away_told = True
                 _LOG.warning(
                     "energyd proxy: no daemon (%s); traffic goes on, queries are kept in %s", e, self._spool_dir
@@ -171,6 +175,7 @@ class Outbox:
     async def _greet(self) -> None:
         acked = await self._link.hello(self._hello)
         self._connected = True
+        self._away_since_ns = 0
         self._acknowledge(acked)
         if self._away_told:
             self._away_told = False
