@@ -106,6 +106,7 @@ class Meter:
         last = self._last
         if last is None:
             self._last = Anchor(at_ns, counter.counter_mj)
+            self._away = False  # lost before it was ever read: there is nothing that the next interval continues
             return []
         if counter.counter_mj < last.counter_mj or self._reset_expected:
             return self._reset(last, at_ns, counter.counter_mj)

@@ -207,6 +207,15 @@ def test_a_lost_gpu_comes_back_as_an_outage() -> None:
     assert (w.kind, w.energy_uj, w.slices) == (WindowKind.OUTAGE, 5_000_000, ())
 
 
+def test_a_gpu_lost_before_its_first_reading_has_no_outage() -> None:
+    """What follows the first reading is metered: nothing was missed between it and the next."""
+    m = meter()
+    m.lost()
+    m.feed(read_at(S, 0))
+    w = one(m.feed(read_at(2 * S, 100_000, *every_20_ms(1000, 2000, 100_000))))
+    assert (w.kind, len(w.slices)) == (WindowKind.METERED, 50)
+
+
 def test_a_lost_gpu_whose_counter_fell_is_a_reset() -> None:
     """The same with a smaller value: gap and reset, once."""
     m = meter()
@@ -268,29 +277,41 @@ class World:
     """Counter values of the epoch that runs, from its first (0 for an epoch that began with a reset)."""
     epochs: list[int] = field(default_factory=list)
     """mJ of each finished epoch, by the values fed."""
+    boot: int = 0
+    boots: dict[int, int] = field(default_factory=dict)
+    """The boot in which each epoch began, as the ledger knows it."""
+    unread: bool = False
+    """A reboot that no reading has followed yet."""
 
     def read(self, cost_ns: int, samples: Samples | None) -> None:
         """Feed a reading of the counter as it is now."""
         if self.fed and self.counter_mj < self.fed[-1]:
             self.end_epoch()
         self.fed.append(self.counter_mj)
-        self.windows += self.meter.feed(Reading(samples, Counter(self.now_ns, self.now_ns + cost_ns, self.counter_mj)))
+        counter = Counter(self.now_ns, self.now_ns + cost_ns, self.counter_mj)
+        for window in self.meter.feed(Reading(samples, counter)):
+            self.windows.append(window)
+            self.boots.setdefault(window.epoch, self.boot)
         self.now_ns += cost_ns
+        self.unread = False
 
     def end_epoch(self) -> None:
         """The driver restarted the counter at 0."""
         self.epochs.append(self.fed[-1] - self.fed[0])
         self.fed = [0]
 
-    def restart(self, *, same_boot: bool) -> None:
-        """Kill the daemon and start it from the windows that it had stored."""
+    def restart(self, *, reboot: bool) -> None:
+        """Kill the daemon, or the host, and start from the windows that it had stored."""
+        self.boot += reboot
         if not self.windows:
             self.meter, self.fed = meter(), []
             return
         last = self.windows[-1]
         anchor = Anchor(last.end_ns, last.counter_end_mj)
+        same_boot = self.boots[last.epoch] == self.boot
         self.meter = meter(Resume(anchor, last.epoch, last.seq + 1, same_boot))
-        if not same_boot:
+        if not same_boot and not self.unread:
+            self.unread = True
             self.fed = [*self.fed[:1], last.counter_end_mj]  # what was read and not stored died with the boot
             self.end_epoch()
 
@@ -334,7 +355,7 @@ def lived(events: Sequence[tuple[object, ...]]) -> World:
             w.meter.lost()
         else:
             w.counter_mj = amount if name == "reboot" else w.counter_mj + amount
-            w.restart(same_boot=name == "restart")
+            w.restart(reboot=name == "reboot")
     w.now_ns += 10 * S
     w.counter_mj += 1
     w.read(MS, None)
