@@ -10,7 +10,7 @@ help:
 	@echo "make demo    a real server with tiny models, metered, replayed, rated (under 4 minutes once cached)"
 	@echo "make test    all tests, with the real servers"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   the benchmarks of energyd itself, if there are any under tests/benchmarks"
+	@echo "make bench   lists the benchmarks of energyd itself; SCRIPT=name ARGS=... runs one"
 	@echo "make envs    the cached environments of the real servers (.envs/serve, .envs/vllm)"
 	@echo "make clean   remove .venv, .envs and caches"
 
@@ -39,9 +39,14 @@ demo: setup
 	.ci/environment serve
 	$(BIN)/energyd demo $(ARGS)
 
+# Each benchmark is a script that says in its first lines what it needs: `make bench` lists them, SCRIPT=name runs one.
 bench: setup
-	@if [ -d tests/benchmarks ]; then $(BIN)/pytest tests/benchmarks $(ARGS); \
-	else echo "there are no benchmarks yet (tests/benchmarks)"; fi
+ifdef SCRIPT
+	$(BIN)/python tests/benchmarks/$(SCRIPT).py $(ARGS)
+else
+	@for script in tests/benchmarks/*.py; do \
+	    echo "make bench SCRIPT=$$(basename $$script .py)   $$(head -1 $$script | tr -d '\"')"; done
+endif
 
 clean:
 	rm -rf .venv .envs .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
