@@ -1,24 +1,25 @@
 """The ledger's schema, one named migration a change, each applied once in a transaction of its own.
 
 Energies are INTEGER µJ, times INTEGER ns of ledger time, NULL means unknown. Every table that measures carries host or
-GPU, epoch and source. What a day costs (8 GPUs, 10,000 queries an hour, each some 4 s long; measured sizes are printed
-by `energyd status --sizes`):
+GPU, epoch and source. What a day costs with 8 GPUs and 10,000 queries an hour of some 4 s and 100 chunks each
+(measured by `python tests/benchmarks/ledger_size.py`, which also prints the CPU: 0.6 % of a core):
 
-=================  ==========================================================  ================  ===================
-table              one row is                                                  rows a day        kept
-=================  ==========================================================  ================  ===================
-windows            what one GPU's counter said about about 1 s, with shape     691,000, 240 MB   shape 1 day, row 7 days
-settlements        how that window was divided                                 691,000, 60 MB    7 days
-unattributed       energy of a window that belongs to nobody, by reason        few               7 days
-charges            the part of a window booked to one query                    1.2 million, 40 MB  7 days
-queries            one request                                                 240,000, 60 MB    400 days
-timelines          times of streamed chunks                                    240,000, 30 MB    until settled
-closings           a closed hour of a GPU: totals, row count, chained hash     192               for ever
-daily_energy       a day's energy by GPU, account, tenant, model               hundreds          for ever
-daily_queries      a day's queries by tenant, model, task, status              hundreds          for ever
-runs, run_samples  a bench run and its samples                                 as many as run    for ever
-ratings, events    stars given; what happened to the meter                     few               for ever
-=================  ==========================================================  ================  ===================
+=================  ===========================================================  =====================  ===============
+table              one row is                                                   a day                  kept
+=================  ===========================================================  =====================  ===============
+windows            what one GPU's counter said about about 1 s, with its shape  0.69 million, 530 MB   shape 1 day,
+                                                                                                       row 7 days
+settlements        how that window was divided                                  0.69 million, 38 MB    7 days
+unattributed       energy of a window that belongs to nobody, by reason         few                    7 days
+charges            the part of a window booked to one query                     1.2 million, 50 MB     7 days
+queries            one request (273 bytes: 10 million are 2.7 GB)               0.24 million, 66 MB    400 days
+timelines          times of streamed chunks                                     empties itself         until settled
+closings           a closed hour of a GPU: totals, row count, chained hash      192                    for ever
+daily_energy       a day's energy by GPU, account, tenant, model                hundreds               for ever
+daily_queries      a day's queries by tenant, model, task, status               hundreds               for ever
+runs, run_samples  a bench run and its samples                                  as many as are run     for ever
+ratings, events    stars given; what happened to the meter                      few                    for ever
+=================  ===========================================================  =====================  ===============
 """
 
 from sqlite_utils import Database

@@ -173,7 +173,7 @@ class RunEnd(msgspec.Struct, frozen=True):
 
 
 class EnergyQuestion(msgspec.Struct, frozen=True):
-    """How much did the GPUs draw over [start_ns, end_ns) (monotonic ns)? `run_id`: and the queries of that run?"""
+    """Asks how much the GPUs drew over [start_ns, end_ns) (monotonic ns), and with `run_id` the queries of that run."""
 
     start_ns: int
     end_ns: int

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
+
 from energyd.daemon.clock import Clock
 from energyd.daemon.errors import EnergydError, UsageError
 from energyd.daemon.paths import ledger_path

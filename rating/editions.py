@@ -10,8 +10,9 @@ from importlib.resources import files
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from energyd.daemon.errors import DataError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from energyd.daemon.errors import DataError
 
 from .bands import Bands
 from .cohort import CLASSED_TASKS, NO_CLASS, Entry, Frozen, Key

@@ -19,6 +19,8 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +49,18 @@ def main() -> None:
         arguments.output.write_text(text + "\n")
 
 
-def measure(arguments: argparse.Namespace, upstream: str, work: Path, children: list[subprocess.Popen[bytes]]) -> dict[str, Any]:
+def measure(
+    arguments: argparse.Namespace, upstream: str, work: Path, children: list[subprocess.Popen[bytes]]
+) -> dict[str, Any]:
     """Start energyd in front of `upstream` and take every figure."""
     db, proxy, admin = work / "energyd.db", "127.0.0.1:18088", "127.0.0.1:19709"
     command = [*ENERGYD, "start", "--upstream", upstream, "--listen", proxy, "--admin", admin, "--db", str(db)]
     children.append(subprocess.Popen([*command, *arguments.start]))
     _wait(f"http://{admin}/readyz", 60, children[-1])
-    result: dict[str, Any] = {"command": "python tests/benchmarks/gpu_host.py", "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    result: dict[str, Any] = {
+        "command": "python tests/benchmarks/gpu_host.py",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
     result["status"] = _json(f"http://{admin}/v1/status")
     result["idle"] = _cost(lambda: time.sleep(arguments.idle_seconds))
     result["runs"] = []
@@ -63,7 +70,7 @@ def measure(arguments: argparse.Namespace, upstream: str, work: Path, children: 
             str(arguments.samples), "--batch-size", str(batch), "--model-class", arguments.model_class, "--db", str(db), "--json",
         ]  # fmt: skip
         taken: dict[str, Any] = {}
-        cost = _cost(lambda bench=bench, taken=taken: taken.update(_run_json(bench)))  # type: ignore[misc]
+        cost = _cost(partial(_run_into, taken, bench))
         result["runs"].append({"batch_size": batch, "report": taken, "cost": cost})
     result["killed_daemon"] = _kill_daemon(arguments, proxy, admin)
     result["metrics"] = _identity(f"http://{admin}/metrics")
@@ -113,13 +120,18 @@ def _identity(url: str) -> dict[str, float]:
             if not line.startswith("#"):
                 name, value = line.rsplit(" ", 1)
                 sums[name.partition("{")[0]] = sums.get(name.partition("{")[0], 0.0) + float(value)
-    accounts = ("model_energy_joules_total", "idle_energy_joules_total", "unattributed_energy_joules_total", "unsettled_joules")
+    accounts = (
+        "model_energy_joules_total",
+        "idle_energy_joules_total",
+        "unattributed_energy_joules_total",
+        "unsettled_joules",
+    )
     parts = {a: sums.get(f"energyd_{a}", 0.0) for a in accounts}
     whole = sums["energyd_gpu_energy_joules_total"]
     return {"gpu_energy_joules_total": whole, **parts, "difference": round(whole - sum(parts.values()), 6)}
 
 
-def _cost(job: Any) -> dict[str, Any]:
+def _cost(job: Callable[[], None]) -> dict[str, Any]:
     """CPU share (of one core) of daemon and proxy while `job` runs."""
     before, start_s = {n: _cpu_s(p) for n, p in _parts().items()}, time.monotonic()
     job()
@@ -139,7 +151,11 @@ def _parts() -> dict[str, int]:
             continue
         for part in ("daemon", "proxy"):
             ours = any(b"energyd-gpu-host-" in w for w in words)
-            if ours and b"energyd.daemon.cli" in words and words[words.index(b"energyd.daemon.cli") + 1] == part.encode():
+            if (
+                ours
+                and b"energyd.daemon.cli" in words
+                and words[words.index(b"energyd.daemon.cli") + 1] == part.encode()
+            ):
                 found[part] = int(folder.name)
     return found
 
@@ -193,6 +209,10 @@ def _run_json(command: list[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {"rows": found}
 
 
+def _run_into(taken: dict[str, Any], command: list[str]) -> None:
+    taken.update(_run_json(command))
+
+
 def _stop(child: subprocess.Popen[bytes]) -> None:
     child.terminate()
     try:
@@ -203,7 +223,9 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, help="model folder that vLLM serves (weights may be missing: dummy load format)")
+    parser.add_argument(
+        "--model", type=Path, help="model folder that vLLM serves; weights may be missing (dummy load format)"
+    )
     parser.add_argument("--name", default="llama-8b", help="served model name")
     parser.add_argument("--model-class", default="A")
     parser.add_argument("--upstream", help="URL of a running server instead of starting vLLM")
@@ -211,7 +233,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--idle-seconds", type=float, default=30)
-    parser.add_argument("--vllm", type=shlex.split, default="--enforce-eager --max-model-len 4096", help="more arguments for vLLM")
+    eager = "--enforce-eager --max-model-len 4096"
+    parser.add_argument("--vllm", type=shlex.split, default=eager, help="more arguments for vLLM")
     parser.add_argument("--start", type=shlex.split, default="", help="more arguments for energyd start")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+
 from energyd.daemon.cli import main
 from energyd.daemon.ledger import Ledger
 from energyd.daemon.records import Run

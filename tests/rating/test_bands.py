@@ -5,9 +5,10 @@ from decimal import Decimal
 from fractions import Fraction
 
 import pytest
-from energyd.rating.bands import Bands, NoBands, Side, equal_width
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from energyd.rating.bands import Bands, NoBands, Side, equal_width
 
 _QUICK = settings(max_examples=200, deadline=None, database=None, derandomize=True)
 # Decimal figures as tables hold them: these lie on edges often, which random floats never do.

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+
 from energyd.daemon.errors import UsageError
 from energyd.daemon.records import Basis, Run
 from energyd.rating.candidates import class_overrides, entries_of

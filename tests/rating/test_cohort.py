@@ -1,6 +1,7 @@
 """Cohorts, ranks and ratios."""
 
 import pytest
+
 from energyd.rating.cohort import Entry, Setup, canonical_task, key_of_run, rate_among
 
 

@@ -4,6 +4,7 @@ import json
 from importlib.resources import files
 
 import pytest
+
 from energyd.daemon.errors import DataError
 from energyd.rating import editions
 from energyd.rating.cohort import Entry, Frozen

@@ -1,9 +1,10 @@
 """Numbers for people."""
 
 import pytest
-from energyd.rating.figures import plus_minus, printable, significant, star_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from energyd.rating.figures import plus_minus, printable, significant, star_row
 
 
 @pytest.mark.parametrize(

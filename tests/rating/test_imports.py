@@ -1,6 +1,7 @@
 """CSV in: what is accepted, and which line and column is named when it is not."""
 
 import pytest
+
 from energyd.daemon.errors import DataError
 from energyd.rating.imports import read_csv
 

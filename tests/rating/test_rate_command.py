@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 from click.testing import Result
+
 from energyd.daemon.ledger import Ledger
 from energyd.daemon.paths import socket_path
 from energyd.daemon.records import Run

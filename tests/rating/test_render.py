@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 import pytest
+
 from energyd.daemon.records import Run
 from energyd.rating import editions
 from energyd.rating.candidates import entries_of
