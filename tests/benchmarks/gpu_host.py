@@ -43,9 +43,9 @@ def main() -> None:
     finally:
         for child in reversed(children):
             _stop(child)
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(result, indent=1))
     if arguments.output:
+        text = json.dumps(brief(result), indent=1)
         arguments.output.write_text(text + "\n")
 
 
@@ -62,7 +62,9 @@ def measure(
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     result["status"] = _json(f"http://{admin}/v1/status")
-    result["idle"] = _cost(lambda: time.sleep(arguments.idle_seconds))
+    time.sleep(SETTLE_S)  # imports and first pages are not the cost of metering
+    result["memory_idle_mib"] = {name: _rss_mib(pid) for name, pid in _parts().items()}
+    result["idle"] = _cost(partial(time.sleep, arguments.idle_seconds))
     result["runs"] = []
     for batch in arguments.batch:
         bench = [
@@ -78,6 +80,49 @@ def measure(
     result["audit"] = _run_json([*ENERGYD, "audit", "--db", str(db), "--json"])
     result["rate"] = _run_json([*ENERGYD, "rate", "--db", str(db), "--format", "json"])
     return result
+
+
+def brief(result: dict[str, Any]) -> dict[str, Any]:
+    """What is worth keeping: no host, no paths."""
+    gpu = result["status"]["gpus"][0]
+    kept = (
+        "n", "failed", "span_s", "gpu_run_wh_per_1000", "serving_wh_per_1000", "active_wh_per_1000", "rel_u", "idle_w",
+        "j_per_token", "p50_s", "p95_s", "queries_per_s", "tokens_per_s", "client_gap_share", "engine", "source",
+    )  # fmt: skip
+    rated = (
+        "edition",
+        "task",
+        "model_class",
+        "model",
+        "batch_size",
+        "gpu_energy_wh_per_1000",
+        "stars",
+        "rank",
+        "official",
+    )
+    audited = (
+        "balanced", "residual_uj", "metered_energy_uj", "unsettled_energy_uj", "accounts_uj", "unattributed_share", "queries",
+        "queries_with_energy", "queries_late", "queries_partial", "dropped_events", "sources",
+    )  # fmt: skip
+    return {
+        "command": "python tests/benchmarks/gpu_host.py",
+        "date": result["date"],
+        "gpu": gpu["name"],
+        "driver": gpu["driver"],
+        "energyd": result["status"]["version"],
+        "policy": result["status"]["policy"],
+        "idle": result["idle"],
+        "runs": [
+            {"batch_size": r["batch_size"], **{k: r["report"]["summary"][k] for k in kept}, "cost": r["cost"]}
+            for r in result["runs"]
+        ],
+        "killed_daemon": result["killed_daemon"],
+        "metrics": result["metrics"],
+        "memory_idle_mib": result["memory_idle_mib"],
+        "memory_mib": result["memory_mib"],
+        "audit": {k: result["audit"][k] for k in audited},
+        "rate": [{k: row[k] for k in rated} for row in result["rate"]["rows"]],
+    }
 
 
 def _kill_daemon(arguments: argparse.Namespace, proxy: str, admin: str) -> dict[str, Any]:
