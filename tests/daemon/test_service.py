@@ -1,0 +1,240 @@
+"""The running daemon: what it says, what it survives, and how it stops."""
+
+import asyncio
+import signal
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from energyd.daemon import wire
+from energyd.daemon.config import Settings
+from energyd.daemon.errors import LedgerError, LostGpu, RetryReading, UsageError
+from energyd.daemon.records import Counter, Gpu, Reading, Source
+from energyd.daemon.service import Service, host_id, open_sensor
+
+from tests.faults.rig import Worker, asked, audited, daemon, energyd, one_line, wait_for
+
+ESTIMATE = ("--sensor", "estimate", "--estimate-watts", "50")
+
+
+def test_a_query_is_final_within_seconds_of_its_end(tmp_path: Path) -> None:
+    """From a real daemon on its own clock: no long query is open, so the figure is final soon."""
+    with daemon(tmp_path / "e.db") as process:
+        worker = Worker(tmp_path / "e.db")
+        worker.hello()
+        time.sleep(2.2)  # the greeting
+        query_id, events = asked()
+        worker.say(*events)
+        wait_for(lambda: (worker.say(), process.get(f"/v1/queries/{query_id}")[0])[1] == 200, 10)
+        assert process.stop() == 0
+    audited(tmp_path / "e.db")
+
+
+def test_an_estimate_says_so_wherever_it_goes(tmp_path: Path) -> None:
+    """Source `estimate` on the first screen, in the status, in the metrics and in the ledger."""
+    with daemon(tmp_path / "e.db", sensor=ESTIMATE) as process:
+        assert "estimate" in process.said("GPU 0")
+        assert process.json("/v1/status")["gpus"][0]["source"] == "estimate"
+        assert 'source="estimate"' in process.get("/metrics")[1]
+        assert process.stop() == 0
+
+
+def test_without_a_sensor_queries_are_counted_and_have_no_energy(tmp_path: Path) -> None:
+    """`--sensor none`: the energy is NULL, not 0."""
+    with daemon(tmp_path / "e.db", sensor=("--sensor", "none")) as process:
+        worker = Worker(tmp_path / "e.db")
+        worker.hello()
+        query_id, events = asked()
+        worker.say(*events)
+        wait_for(lambda: (worker.say(), process.get(f"/v1/queries/{query_id}")[0])[1] == 200)
+        found = process.json(f"/v1/queries/{query_id}")
+        assert (found["active_energy_uj"], found["standing_energy_uj"], found["source"]) == (None, None, None)
+        assert process.stop() == 0
+
+
+def test_sigterm_and_sigint_stop_it_cleanly(tmp_path: Path) -> None:
+    """Exit 0, no traceback, the socket is gone, the books are whole."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        db = tmp_path / f"{number}.db"
+        with daemon(db) as process:
+            worker = Worker(db)
+            worker.hello()
+            worker.say(asked()[1][0])
+            time.sleep(1.3)
+            process.popen.send_signal(number)
+            assert process._gone() == 0
+            assert not any("Traceback" in line for line in process.lines), process.lines
+        assert not db.with_suffix(".sock").exists()
+        audited(db)
+
+
+def test_all_files_are_private(tmp_path: Path) -> None:
+    """The folder that the daemon makes is 0700, every file in it 0600."""
+    db = tmp_path / "made" / "e.db"
+    with daemon(db) as process:
+        wait_for(lambda: db.with_name("e.db-wal").exists())
+        assert stat.S_IMODE(db.parent.stat().st_mode) == 0o700
+        assert {stat.S_IMODE(p.stat().st_mode) for p in db.parent.iterdir()} == {0o600}
+        assert process.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ((), "estimate"),
+        (("--sensor", "replay"), "--trace"),
+        (("--sensor", "replay", "--trace", "/nowhere.json"), "/nowhere.json"),
+        (("--sensor", "none", "--trace", "/nowhere.json"), "--sensor replay"),
+        (("--sensor", "none", "--admin", "nonsense"), "HOST:PORT"),
+        (("--sensor", "none", "--horizon", "-1"), "--horizon"),
+        (("--sensor", "estimate", "--estimate-watts", "-5"), "--estimate-watts"),
+        (("--gpu", "x"), "--gpu"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, arguments: tuple[str, ...], part: str) -> None:
+    """No GPU, no trace, an address that is none, numbers out of range: what, where, what to do."""
+    assert part in one_line(energyd("daemon", "--db", str(tmp_path / "e.db"), "--admin", "127.0.0.1:0", *arguments))
+
+
+def test_a_socket_path_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+    """The kernel's limit of 107 bytes is told with the way out."""
+    folder = tmp_path / ("x" * 100)
+    line = one_line(energyd("daemon", "--db", str(folder / "e.db"), "--sensor", "none", "--admin", "127.0.0.1:0"))
+    assert "shorter folder" in line
+
+
+class Flaky:
+    """A sensor whose one GPU does what the test says."""
+
+    def __init__(self) -> None:
+        self.gpu = Gpu("GPU-a", 0, "emulated", "1", Source.ESTIMATE, 100_000)
+        self.trouble: Exception | None = None
+        self.reads = 0
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        return (self.gpu,)
+
+    def read(self, gpu: Gpu) -> Reading:
+        self.reads += 1
+        if self.trouble:
+            raise self.trouble
+        now_ns = time.time_ns()
+        return Reading(None, Counter(now_ns, now_ns, 1000 + self.reads * 50))
+
+    def compute_pids(self, gpu: Gpu) -> frozenset[int] | None:
+        return None
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
+    """A service in this process with a sensor that the test controls."""
+    flaky = Flaky()
+    monkeypatch.setattr("energyd.daemon.service.open_sensor", lambda _settings, _clock: flaky)
+    made = Service(Settings.checked(db=tmp_path / "e.db", admin={"host": "127.0.0.1", "port": 0}))
+    made.test_sensor = flaky  # type: ignore[attr-defined]
+    return made
+
+
+async def running(service: Service) -> "asyncio.Task[None]":
+    """The service's own life as a task, once it reads."""
+    task = asyncio.create_task(service.run())
+    await until(lambda: not service.troubles())
+    return task
+
+
+async def until(condition: Any) -> None:
+    """Wait for what happens within a second or two."""
+    for _ in range(600):
+        if condition():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("still not true")
+
+
+async def test_readings_that_fail_are_told_and_got_over(service: Service, tmp_path: Path) -> None:
+    """A transient failure, a lost GPU, even a defect: not ready while it lasts, ready again after; nothing dies."""
+    flaky: Flaky = service.test_sensor  # type: ignore[attr-defined]
+    task = await running(service)
+    for trouble, word in (
+        (RetryReading("busy"), "retrying"),
+        (LostGpu("gone"), "lost"),
+        (ValueError("bug"), "failing"),
+    ):
+        flaky.trouble = trouble
+        await until(lambda w=word: any(w in t for t in service.troubles()))
+        flaky.trouble = None
+        await until(lambda: not service.troubles())
+    assert service._health().readings_failed["GPU-a"] >= 3
+    service._stopped.set()
+    await task
+    audited(tmp_path / "e.db")
+
+
+async def test_a_ledger_that_refuses_is_told_and_nothing_is_lost(service: Service, tmp_path: Path) -> None:
+    """While the disk is full: not ready, failures counted, windows kept in memory; afterwards all are in the ledger."""
+    task = await running(service)
+    real = service.ledger.append_windows
+
+    def full(*_: object) -> None:
+        raise LedgerError("the ledger refused a write: database or disk is full")
+
+    service.ledger.append_windows = full  # type: ignore[method-assign]
+    await until(lambda: service.failing)
+    await until(lambda: len(service._stored) >= 2)
+    assert "disk is full" in service.troubles()[0]
+    assert service.ledger_failures > 0
+    service.ledger.append_windows = real  # type: ignore[method-assign]
+    await until(lambda: not service.troubles())
+    assert service._stored == []
+    service._stopped.set()
+    await task
+    audited(tmp_path / "e.db")
+
+
+async def test_a_hung_driver_blocks_only_itself(service: Service) -> None:
+    """A read that does not come back is told as hung; status, metrics and the stop go on."""
+    flaky: Flaky = service.test_sensor  # type: ignore[attr-defined]
+    task = await running(service)
+    service.meters["GPU-a"].read_ns -= 60 * 10**9
+    flaky.trouble = None
+    thread = service.meters["GPU-a"]
+    thread.state, thread.read_ns = "ok", service.clock.now_ns() - 60 * 10**9
+    assert "hung" in service.meter_state("GPU-a")
+    assert (await service.health()).read_age_ns["GPU-a"] >= 0
+    service._stopped.set()
+    await task
+
+
+def test_the_host_is_named_by_a_hash(tmp_path: Path) -> None:
+    """The machine id itself is never shown; without one the host name serves."""
+    machine = tmp_path / "machine-id"
+    machine.write_text("secret-id\n")
+    assert "secret-id" not in host_id(machine)
+    assert host_id(machine) == host_id(machine) != host_id(tmp_path / "none")
+    assert len(host_id(tmp_path / "none")) == 16
+
+
+def test_a_gpu_is_named_by_its_index(tmp_path: Path) -> None:
+    """A name, a sign or an exotic digit is refused before the driver is asked."""
+    for bad in ("x", "-1", "²", ""):
+        with pytest.raises(UsageError, match="--gpu takes the index"):
+            open_sensor(Settings.checked(db=tmp_path / "e.db", gpus=(bad,)), None)  # type: ignore[arg-type]
+
+
+def test_a_worker_that_dies_is_given_up_and_its_query_is_partial(tmp_path: Path) -> None:
+    """A proxy worker whose process is gone and left no spool holds nobody up for long."""
+    db = tmp_path / "e.db"
+    with daemon(db) as process:
+        worker = Worker(db, pid=2**22 - 1)
+        worker.hello()
+        query_id, (opened, _) = asked()
+        worker.say(opened, wire.Progress(query_id, time.monotonic_ns(), (0,)))
+        wait_for(lambda: process.get(f"/v1/queries/{query_id}")[0] == 200)
+        assert process.json(f"/v1/queries/{query_id}")["status"] == "partial"
+        assert "worker-lost" in {e["kind"] for e in process.json("/v1/events")}
+        assert process.stop() == 0
