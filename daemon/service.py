@@ -99,7 +99,7 @@ def host_id(machine_id: Path = Path("/etc/machine-id")) -> str:
 class Service:
     """The running daemon. `run` returns after SIGTERM or SIGINT, with everything that can be settled settled."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, open_with: Callable[[Settings, Clock], Sensor | None] = open_sensor) -> None:
         self.settings = settings
         self.host_id = host_id()
         self.boot_id = boot_id()
@@ -109,7 +109,7 @@ class Service:
         self.ledger.register_host(self.host_id, socket.gethostname(), started.now_ns())
         offset_ns = self.ledger.boot_offset(self.host_id, self.boot_id, started.offset_ns, started.now_ns())
         self.clock = Clock(offset_ns)
-        self.sensor = open_sensor(settings, self.clock)
+        self.sensor = open_with(settings, self.clock)
         gpus = self.sensor.gpus() if self.sensor else ()
         self.totals = Totals(gpus)
         self.books = Books(

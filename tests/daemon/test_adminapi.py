@@ -1,11 +1,14 @@
 """The admin port: loopback only, reads only, and honest about what is provisional."""
 
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from urllib.parse import quote
 
 import pytest
-from energyd.daemon import wire
 
+from energyd.daemon import wire
 from tests.faults.rig import Daemon, Worker, asked, daemon, energyd, one_line, wait_for
 
 
@@ -79,8 +82,6 @@ def test_the_index_names_what_there_is(running: Daemon) -> None:
 @pytest.mark.parametrize("limit", ["0", "-1", "1001", "x", "1.5", "", "²", "٣", "9" * 5000])
 def test_a_limit_that_is_none_gets_400(running: Daemon, limit: str) -> None:
     """Only a number from 1 to 1000 will do."""
-    from urllib.parse import quote  # noqa: PLC0415 - here only
-
     status, text = running.get(f"/v1/queries?limit={quote(limit)}")
     assert (status, "limit must be" in text) == (400, True)
 
@@ -89,11 +90,9 @@ def test_unknown_paths_queries_and_methods(running: Daemon) -> None:
     """404 for what there is not, also for ids that mean to break out; nothing can be written."""
     for path in ("/v1/queries/none", "/v1/queries/'%20OR%201=1--", "/nothing", "/v1/queries/%00"):
         assert running.get(path)[0] == 404
-    import urllib.request  # noqa: PLC0415 - here only
-
-    request = urllib.request.Request(running.base + "/v1/queries", data=b"x", method="POST")  # noqa: S310
+    request = urllib.request.Request(running.base + "/v1/queries", data=b"x", method="POST")
     with pytest.raises(urllib.error.HTTPError, match="405") as refused:
-        urllib.request.urlopen(request, timeout=10)  # noqa: S310
+        urllib.request.urlopen(request, timeout=10)
     refused.value.close()
 
 
@@ -118,7 +117,7 @@ def test_a_query_is_provisional_until_it_is_settled(running: Daemon, worker: Wor
     assert status["oldest_unsettled_age_ns"] > 0
     assert status["open_queries"] >= 1
     worker.say(wire.Close(query_id=stream_id, end_ns=time.monotonic_ns(), status="aborted", http_status=200))
-    wait_for(lambda: (worker.say(), running.get(f"/v1/queries/{query_id}")[0])[1] == 200)
+    wait_for(lambda: worker.beat() and running.get(f"/v1/queries/{query_id}")[0] == 200)
     found = running.json(f"/v1/queries/{query_id}")
     assert not found["provisional"]
     assert (found["status"], found["model"], found["source"]) == ("ok", "m", "recording")
@@ -131,8 +130,6 @@ def test_a_query_is_provisional_until_it_is_settled(running: Daemon, worker: Wor
 
 def test_answers_are_not_cached_nor_sniffed(running: Daemon) -> None:
     """Figures change: no cache keeps them, and no browser guesses what they are."""
-    import urllib.request  # noqa: PLC0415 - here only
-
-    with urllib.request.urlopen(running.base + "/v1/status", timeout=10) as answer:  # noqa: S310
+    with urllib.request.urlopen(running.base + "/v1/status", timeout=10) as answer:
         assert answer.headers["Cache-Control"] == "no-store"
         assert answer.headers["X-Content-Type-Options"] == "nosniff"

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from energyd.daemon.errors import LedgerError, UsageError
 from energyd.daemon.ledger import Ledger, booked_model, chunk_times, model_key
 from energyd.daemon.records import Charge, Settlement, Slice, Source, Unattributed, Window, WindowKind
 from energyd.daemon.units import NS_PER_S
-from energyd.daemon.wire import Close, Hello, Open, Progress, RunEnd, RunStart, Sample, Server
-
+from energyd.daemon.wire import Close, Event, Hello, Open, Progress, RunEnd, RunStart, Sample, Server
 from tests.faults.rig import BEGIN_NS, HOST, gpu_named
 
 WINDOW = Window(
@@ -119,7 +119,7 @@ def test_what_the_schema_refuses_is_the_sender_s_fault_and_leaves_no_trace(ledge
     """Numbers beyond 64 bits and negative counts raise UsageError; the batch they came in is not stored."""
     with ledger:
         for bad in (2**70, -1):
-            events = [
+            events: list[Event] = [
                 Open("x", 1, "s", "new"),
                 Close(query_id="x", end_ns=2, status="ok", http_status=200, prompt_tokens=bad),
             ]
@@ -259,7 +259,7 @@ def test_a_damaged_page_is_one_line_when_it_is_read(ledger: Ledger, tmp_path: Pa
     for offset in range(2 * page, len(data), page):
         data[offset : offset + 64] = b"\xff" * 64
     (tmp_path / "e.db").write_bytes(bytes(data))
-    with pytest.raises(LedgerError, match="e.db"), Ledger.open(tmp_path / "e.db", readonly=True) as damaged:
+    with pytest.raises(LedgerError, match=r"e\.db"), Ledger.open(tmp_path / "e.db", readonly=True) as damaged:
         list(damaged.audit_windows())
 
 

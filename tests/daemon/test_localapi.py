@@ -1,6 +1,5 @@
 """The local socket: private, exactly once, and a hostile body gets a 400, never a 500 and never a daemon that is stuck."""
 
-import os
 import socket
 import stat
 import time
@@ -10,13 +9,13 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from energyd.daemon import localclient, wire
 from energyd.daemon.clock import boot_id
 from energyd.daemon.errors import UnavailableError
 from energyd.daemon.ledger import Ledger
 from energyd.daemon.localapi import LocalApi
 from energyd.daemon.paths import socket_path
-
 from tests.faults.rig import Daemon, Worker, asked, daemon, wait_for
 
 
@@ -122,7 +121,7 @@ def test_values_that_make_no_sense_get_400_and_nothing_of_their_batch_is_kept(ru
     """Impossible times, statuses, counts and numbers are refused whole, and the daemon goes on settling."""
     good = asked()[1]
     late: dict[str, Any] = {"query_id": "x", "end_ns": 5, "http_status": 200}
-    bad = [
+    bad: list[wire.Event] = [
         wire.Open("x", -1, "s"),
         wire.Open("x", 2**63 + 5, "s"),
         wire.Open("", 1, "s"),
@@ -149,7 +148,7 @@ def test_values_that_make_no_sense_get_400_and_nothing_of_their_batch_is_kept(ru
         assert worker.post(wire.PATH_HELLO, hello)[0] == 400, fields
     assert running.get(f"/v1/queries/{good[0].query_id}")[0] == 404
     worker.say(*good)
-    wait_for(lambda: (worker.say(), running.get(f"/v1/queries/{good[0].query_id}")[0])[1] == 200)
+    wait_for(lambda: worker.beat() and running.get(f"/v1/queries/{good[0].query_id}")[0] == 200)
 
 
 def test_what_json_cannot_hold_gets_400(running: Daemon) -> None:
@@ -175,7 +174,7 @@ def test_samples_of_a_run_that_never_began_get_400(running: Daemon) -> None:
 def test_a_run_gets_the_energy_of_its_span_and_of_its_queries(running: Daemon, worker: Worker) -> None:
     """Start, samples, end, and the question that the bench asks until everything is settled."""
     begin_ns = time.monotonic_ns()
-    wait_for(lambda: (worker.say(), running.json("/v1/status")["gpus"][0]["state"])[1] == "ok")
+    wait_for(lambda: worker.beat() and running.json("/v1/status")["gpus"][0]["state"] == "ok")
     worker.post(wire.PATH_RUN_START, wire.RunStart("run-1", "reasoning", "m", 1, "http://x", {"n": 1}))
     time.sleep(0.3)
     query_id, events = asked(0.25)
@@ -230,7 +229,7 @@ def test_a_rating_is_posted_and_stored_once(running: Daemon) -> None:
 
 def test_nobody_at_the_socket_is_one_clear_line(tmp_path: Path) -> None:
     """No socket, or a socket that nobody serves: UnavailableError that says what to do."""
-    with pytest.raises(UnavailableError, match="no daemon answers at .*start one"):
+    with pytest.raises(UnavailableError, match=r"no daemon answers at .*start one"):
         localclient.ask_status(tmp_path / "none.sock")
     left = tmp_path / "left.sock"
     with socket.socket(socket.AF_UNIX) as dead:
@@ -247,11 +246,11 @@ async def test_a_socket_left_by_a_crash_is_replaced_and_a_living_one_is_not(tmp_
     first, second = LocalApi(None), LocalApi(None)  # type: ignore[arg-type]
     await first.start(path)
     try:
-        inode = os.stat(path).st_ino
+        inode = path.stat().st_ino
         with pytest.raises(UnavailableError, match="already listens"):
             await second.start(path)
         await second.stop()
-        assert os.stat(path).st_ino == inode
+        assert path.stat().st_ino == inode
     finally:
         await first.stop()
     assert not path.exists()

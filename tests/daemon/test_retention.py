@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
+
 from energyd.daemon.audit import GENESIS
 from energyd.daemon.ledger import Ledger
 from energyd.daemon.records import Charge, Settlement, Slice, Source, Unattributed, Window, WindowKind
 from energyd.daemon.retention import NS_PER_HOUR, Retention
 from energyd.daemon.units import NS_PER_S
 from energyd.daemon.wire import Close, Hello, Open, RunEnd, RunStart, Sample
-
 from tests.faults.rig import BEGIN_NS, HOST, findings, gpu_named
 
 FIRST_HOUR_NS = BEGIN_NS // NS_PER_HOUR * NS_PER_HOUR

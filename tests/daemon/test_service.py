@@ -1,19 +1,21 @@
 """The running daemon: what it says, what it survives, and how it stops."""
 
 import asyncio
+import contextlib
 import signal
 import stat
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 from energyd.daemon import wire
 from energyd.daemon.config import Settings
 from energyd.daemon.errors import LedgerError, LostGpu, RetryReading, UsageError
-from energyd.daemon.records import Counter, Gpu, Reading, Source
+from energyd.daemon.records import Counter, Gpu, Reading, Samples, Source
 from energyd.daemon.service import Service, host_id, open_sensor
-
 from tests.faults.rig import Worker, asked, audited, daemon, energyd, one_line, wait_for
 
 ESTIMATE = ("--sensor", "estimate", "--estimate-watts", "50")
@@ -27,7 +29,7 @@ def test_a_query_is_final_within_seconds_of_its_end(tmp_path: Path) -> None:
         time.sleep(2.2)  # the greeting
         query_id, events = asked()
         worker.say(*events)
-        wait_for(lambda: (worker.say(), process.get(f"/v1/queries/{query_id}")[0])[1] == 200, 10)
+        wait_for(lambda: worker.beat() and process.get(f"/v1/queries/{query_id}")[0] == 200, 10)
         assert process.stop() == 0
     audited(tmp_path / "e.db")
 
@@ -48,7 +50,7 @@ def test_without_a_sensor_queries_are_counted_and_have_no_energy(tmp_path: Path)
         worker.hello()
         query_id, events = asked()
         worker.say(*events)
-        wait_for(lambda: (worker.say(), process.get(f"/v1/queries/{query_id}")[0])[1] == 200)
+        wait_for(lambda: worker.beat() and process.get(f"/v1/queries/{query_id}")[0] == 200)
         found = process.json(f"/v1/queries/{query_id}")
         assert (found["active_energy_uj"], found["standing_energy_uj"], found["source"]) == (None, None, None)
         assert process.stop() == 0
@@ -121,7 +123,9 @@ class Flaky:
         if self.trouble:
             raise self.trouble
         now_ns = time.time_ns()
-        return Reading(None, Counter(now_ns, now_ns, 1000 + self.reads * 50))
+        stamps = range(now_ns - 500_000_000, now_ns, 1_000_000)  # dense: a window fills a page of the ledger
+        samples = Samples(tuple(stamps), tuple(1000 + i for i in range(len(stamps))))
+        return Reading(samples, Counter(now_ns, now_ns, 1000 + self.reads * 50))
 
     def compute_pids(self, gpu: Gpu) -> frozenset[int] | None:
         return None
@@ -131,20 +135,28 @@ class Flaky:
 
 
 @pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
+def flaky() -> Flaky:
+    """The sensor of `service`."""
+    return Flaky()
+
+
+@pytest.fixture
+def service(tmp_path: Path, flaky: Flaky) -> Service:
     """A service in this process with a sensor that the test controls."""
-    flaky = Flaky()
-    monkeypatch.setattr("energyd.daemon.service.open_sensor", lambda _settings, _clock: flaky)
-    made = Service(Settings.checked(db=tmp_path / "e.db", admin={"host": "127.0.0.1", "port": 0}))
-    made.test_sensor = flaky  # type: ignore[attr-defined]
-    return made
+    settings = Settings.checked(db=tmp_path / "e.db", admin={"host": "127.0.0.1", "port": 0})
+    return Service(settings, lambda _settings, _clock: flaky)
 
 
-async def running(service: Service) -> "asyncio.Task[None]":
-    """The service's own life as a task, once it reads."""
+@contextlib.asynccontextmanager
+async def running(service: Service) -> AsyncIterator[None]:
+    """The service's own life beside the test, from its first reading on; stopped in the end."""
     task = asyncio.create_task(service.run())
-    await until(lambda: not service.troubles())
-    return task
+    try:
+        await until(lambda: not service.troubles())
+        yield
+    finally:
+        service._stopped.set()
+        await task
 
 
 async def until(condition: Any) -> None:
@@ -156,58 +168,52 @@ async def until(condition: Any) -> None:
     raise AssertionError("still not true")
 
 
-async def test_readings_that_fail_are_told_and_got_over(service: Service, tmp_path: Path) -> None:
+async def test_readings_that_fail_are_told_and_got_over(service: Service, flaky: Flaky, tmp_path: Path) -> None:
     """A transient failure, a lost GPU, even a defect: not ready while it lasts, ready again after; nothing dies."""
-    flaky: Flaky = service.test_sensor  # type: ignore[attr-defined]
-    task = await running(service)
-    for trouble, word in (
-        (RetryReading("busy"), "retrying"),
-        (LostGpu("gone"), "lost"),
-        (ValueError("bug"), "failing"),
-    ):
-        flaky.trouble = trouble
-        await until(lambda w=word: any(w in t for t in service.troubles()))
-        flaky.trouble = None
-        await until(lambda: not service.troubles())
-    assert service._health().readings_failed["GPU-a"] >= 3
-    service._stopped.set()
-    await task
+    async with running(service):
+        for trouble, word in (
+            (RetryReading("busy"), "retrying"),
+            (LostGpu("gone"), "lost"),
+            (ValueError("bug"), "failing"),
+        ):
+            flaky.trouble = trouble
+            await until(lambda w=word: any(w in t for t in service.troubles()))
+            flaky.trouble = None
+            await until(lambda: not service.troubles())
+        assert service._health().readings_failed["GPU-a"] >= 3
     audited(tmp_path / "e.db")
 
 
 async def test_a_ledger_that_refuses_is_told_and_nothing_is_lost(service: Service, tmp_path: Path) -> None:
     """While the disk is full: not ready, failures counted, windows kept in memory; afterwards all are in the ledger."""
-    task = await running(service)
-    real = service.ledger.append_windows
+    async with running(service):
 
-    def full(*_: object) -> None:
-        raise LedgerError("the ledger refused a write: database or disk is full")
+        def fill() -> None:
+            pages = service.ledger.db.execute("PRAGMA page_count").fetchone()[0]
+            service.ledger.db.execute(f"PRAGMA max_page_count = {pages}")
+            for size in (3000, 300, 30, 1):
+                with contextlib.suppress(LedgerError):
+                    while True:
+                        service.ledger.add_event(service.host_id, 0, "filler", "x" * size)
 
-    service.ledger.append_windows = full  # type: ignore[method-assign]
-    await until(lambda: service.failing)
-    await until(lambda: len(service._stored) >= 2)
-    assert "disk is full" in service.troubles()[0]
-    assert service.ledger_failures > 0
-    service.ledger.append_windows = real  # type: ignore[method-assign]
-    await until(lambda: not service.troubles())
-    assert service._stored == []
-    service._stopped.set()
-    await task
+        await service.write(fill)
+        await until(lambda: service.failing)
+        await until(lambda: len(service._stored) >= 2)
+        assert "full" in service.troubles()[0]
+        assert service.ledger_failures > 0
+        await service.write(lambda: service.ledger.db.execute("PRAGMA max_page_count = 1000000"))
+        await until(lambda: not service.troubles())
+        assert service._stored == []
     audited(tmp_path / "e.db")
 
 
 async def test_a_hung_driver_blocks_only_itself(service: Service) -> None:
     """A read that does not come back is told as hung; status, metrics and the stop go on."""
-    flaky: Flaky = service.test_sensor  # type: ignore[attr-defined]
-    task = await running(service)
-    service.meters["GPU-a"].read_ns -= 60 * 10**9
-    flaky.trouble = None
-    thread = service.meters["GPU-a"]
-    thread.state, thread.read_ns = "ok", service.clock.now_ns() - 60 * 10**9
-    assert "hung" in service.meter_state("GPU-a")
-    assert (await service.health()).read_age_ns["GPU-a"] >= 0
-    service._stopped.set()
-    await task
+    async with running(service):
+        thread = service.meters["GPU-a"]
+        thread.state, thread.read_ns = "ok", service.clock.now_ns() - 60 * 10**9
+        assert "hung" in service.meter_state("GPU-a")
+        assert (await service.health()).read_age_ns["GPU-a"] >= 0
 
 
 def test_the_host_is_named_by_a_hash(tmp_path: Path) -> None:

@@ -1,15 +1,16 @@
 """When a figure becomes final, and what happens when somebody does not say how it ended."""
 
+import os
 from pathlib import Path
 
 import pytest
+
 from energyd.daemon import wire
 from energyd.daemon.errors import LedgerError
 from energyd.daemon.ledger import Ledger
 from energyd.daemon.records import QueryStatus, Unattributed
 from energyd.daemon.settlement import Limits, rel_u
 from energyd.daemon.units import NS_PER_S
-
 from tests.faults.rig import (
     BEGIN_NS,
     BUSY_W,
@@ -68,8 +69,10 @@ def test_a_query_alone_gets_what_it_caused_and_the_idle_watts_of_its_time(tmp_pa
 
 
 def test_a_long_stream_leaves_the_others_provisional_but_visible(tmp_path: Path) -> None:
-    """While a stream of 5 minutes is open, a query that ended is not final, has a figure all the same, and the unsettled
-    joules and their age are there to export; when the stream ends, both are final with what was shown."""
+    """While a stream of 5 minutes is open, a query that ended is not final, but has a figure all the same.
+
+    The unsettled joules and their age are there to export; when the stream ends, both are final with what was shown.
+    """
     card = Card(gpu_named(), busy=[(5.0, 7.0)])
     with Desk(tmp_path / "e.db", card) as desk:
         desk.hello()
@@ -188,7 +191,7 @@ def test_a_query_half_of_whose_windows_are_settled_is_late_with_the_rest(tmp_pat
 def test_a_worker_that_died_without_a_spool_leaves_partial_queries(tmp_path: Path) -> None:
     """Nobody waits for a dead worker without a spool: its open queries end at the last event seen, `partial`."""
     with pytest.raises(ProcessLookupError):
-        __import__("os").kill(DEAD_PID, 0)
+        os.kill(DEAD_PID, 0)
     with Desk(tmp_path / "e.db", Card(gpu_named(), busy=[(2.0, 5.0)])) as desk:
         desk.hello(pid=DEAD_PID)
         desk.run(2)
@@ -287,8 +290,10 @@ def test_a_batch_of_another_boot_is_placed_by_the_offset_of_that_boot(tmp_path: 
 
 
 def test_a_boot_has_one_offset_also_for_the_worker_that_outlived_the_daemon(tmp_path: Path) -> None:
-    """If the daemon ran in that boot, the worker's times go by the offset that its windows went by: the wall clock may
-    have been set in between."""
+    """If the daemon ran in that boot, the worker's times go by the offset that its windows went by.
+
+    The wall clock may have been set in between.
+    """
     with Desk(tmp_path / "e.db", now_s=100) as desk:
         desk.ledger.boot_offset("host", "boot-0", BEGIN_NS, 0)
         desk.books.hello(wire.Hello("old", "boot-0", 7 * NS_PER_S, at(50), 0, (), adopted=True), desk.now_ns)
@@ -494,7 +499,8 @@ def test_the_stated_uncertainty_grows_for_short_queries_and_rival_policies() -> 
     assert long_u is not None
     assert short_u is not None
     assert disputed_u is not None
-    assert 0.003 <= long_u < short_u < 0.03 < 0.5 < disputed_u
+    assert 0.003 <= long_u < short_u < 0.03
+    assert disputed_u > 0.5
 
 
 def test_a_second_daemon_on_the_same_books_is_refused(tmp_path: Path) -> None:

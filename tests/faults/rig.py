@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import msgspec
+
 from energyd.daemon import audit, wire
 from energyd.daemon.attribution import policy
 from energyd.daemon.clock import boot_id
@@ -33,6 +34,7 @@ BEGIN_NS = 1_700_000_000 * NS_PER_S
 """Ledger time at which a desk's clock begins; not on an hour."""
 HOST, BOOT, WORKER = "host", "boot-1", "w1"
 IDLE_W, BUSY_W = 100, 300
+AT_ONCE = Limits(greeting_ns=0)
 PATIENCE_S = 30.0
 """How long a test waits for what happens within a second or two on an idle machine."""
 
@@ -76,7 +78,7 @@ class Desk:
         *cards: Card,
         now_s: float = 0.0,
         boot: str = BOOT,
-        limits: Limits = Limits(greeting_ns=0),
+        limits: Limits = AT_ONCE,
         spool_dir: Path | None = None,
         policy_name: str = "time",
     ) -> None:
@@ -293,9 +295,9 @@ class Daemon(Process):
 
     def get(self, path: str, **headers: str) -> tuple[int, str]:
         """Status and text of an answer of the admin port."""
-        request = urllib.request.Request(self._base + path, headers=headers)  # noqa: S310 - loopback
+        request = urllib.request.Request(self._base + path, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=10) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as e:
             with e:
@@ -362,6 +364,11 @@ class Worker:
         status, body = self.post(wire.PATH_BATCH, self.batch(*events))
         assert status == 200, (status, body)
         self.next_seq += len(events)
+
+    def beat(self) -> bool:
+        """A heartbeat; true, so that a wait can go on with what it waits for."""
+        self.say()
+        return True
 
     def bye(self) -> None:
         """Nothing more to say."""

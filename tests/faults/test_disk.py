@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from energyd.daemon.errors import LedgerError
 from energyd.daemon.ledger import Ledger
 
@@ -20,8 +21,10 @@ def empty(ledger: Ledger) -> None:
 
 
 def test_a_full_disk_keeps_energy_in_memory_and_events_with_the_proxy(tmp_path: Path) -> None:
-    """While no page can be added, writes are refused with LedgerError and leave no trace; afterwards all of it is
-    booked, once: windows that waited in memory, and events that the worker still had."""
+    """While no page can be added, writes are refused with LedgerError and leave no trace.
+
+    Afterwards all of it is booked, once: windows that waited in memory, and events that the worker still had.
+    """
     with Desk(tmp_path / "e.db") as desk:
         desk.hello()
         desk.run(5)
@@ -65,8 +68,13 @@ def test_names_made_in_a_lost_transaction_are_made_again(tmp_path: Path) -> None
     """The id of a model or tenant handed out in a transaction that was rolled back is not used afterwards."""
     with Desk(tmp_path / "e.db") as desk:
         desk.hello()
-        with pytest.raises(LedgerError, match="does not"), desk.ledger.transaction():
-            desk.ledger._name("models", "ghost")
-            raise LedgerError("the disk does not answer")
+
+        def lost() -> None:
+            with desk.ledger.transaction():
+                desk.ledger._name("models", "ghost")
+                raise LedgerError("the disk does not answer")
+
+        with pytest.raises(LedgerError, match="does not answer"):
+            lost()
         desk.say(opened("q", 0), closed("q", 0.2, served="ghost"))
         assert desk.query("q")["model"] == "ghost"

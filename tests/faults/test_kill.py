@@ -46,8 +46,10 @@ def outage_is_settled(path: Path) -> bool:
 
 
 def test_kill_9_in_mid_run_loses_no_joule_and_no_query(tmp_path: Path) -> None:
-    """Killed under traffic and started again: audit has no findings, what was booked is the counter's difference, the
-    outage is one window booked to unattributed(outage), and what was spooled meanwhile is stored exactly once."""
+    """Killed under traffic and started again: audit has no findings, what was booked is the counter's difference.
+
+    The outage is one window booked to unattributed(outage), and what was spooled meanwhile is stored exactly once.
+    """
     db = tmp_path / "e.db"
     worker = Worker(db)
     before, spooled = [], []
@@ -99,7 +101,7 @@ def test_kill_9_at_any_moment_keeps_the_counter_s_word(tmp_path: Path) -> None:
     chance = random.Random(11)
     worker = Worker(db)
     sent: list[str] = []
-    until = time.monotonic() + 14
+    until = time.monotonic() + 10
     rounds = 0
     process: Daemon | None = None
     while time.monotonic() < until:
