@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T", bound=msgspec.Struct)
 _MAX_BODY = 64 * 1024 * 1024
-_MOST_NS = 1 << 61
-"""Clock values beyond this (73 years) are no clock's; two of them still fit SQLite's 64 bits."""
+_MOST_NS = 1 << 62
+"""Clock values beyond this (146 years) are no clock's; two of them still fit SQLite's 64 bits."""
 _MOST_PID = 1 << 22
 _ENDED = ("ok", "failed", "aborted")
 

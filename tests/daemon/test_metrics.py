@@ -73,7 +73,7 @@ def test_the_identity_holds_in_every_scrape_and_counters_never_fall(tmp_path: Pa
     for round_ in range(2):
         with daemon(db) as process:
             worker.hello()
-            until = time.monotonic() + 3.5
+            until = time.monotonic() + 2.5
             while time.monotonic() < until:
                 worker.say(*asked(0.1, served=f"m{scrapes % 3}", http_status=200 if scrapes % 5 else 404)[1])
                 values, kinds = parsed(process.get("/metrics")[1])

@@ -101,7 +101,7 @@ def test_kill_9_at_any_moment_keeps_the_counter_s_word(tmp_path: Path) -> None:
     chance = random.Random(11)
     worker = Worker(db)
     sent: list[str] = []
-    until = time.monotonic() + 10
+    until = time.monotonic() + 8
     rounds = 0
     process: Daemon | None = None
     while time.monotonic() < until:
@@ -117,7 +117,7 @@ def test_kill_9_at_any_moment_keeps_the_counter_s_word(tmp_path: Path) -> None:
             time.sleep(0.05)
         process.kill()
         rounds += 1
-    assert rounds >= 4
+    assert rounds >= 3
     assert len(sent) > 20
     with daemon(db) as last:
         worker.hello()
