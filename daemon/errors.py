@@ -9,6 +9,7 @@
     ├── UnavailableError      something outside is missing: GPU, driver, upstream, port, daemon  (exit 2)
     │   └── NoGpuError        no GPU can be metered on this host; names the choices              (exit 2)
     ├── LedgerError           the database refuses: newer version, locked, full, damaged         (exit 2)
+    │   └── RefusedWindow     a settlement that breaks a law: set it aside, never try it again
     └── SensorError           a reading failed; `action` says what the loop must do
         ├── RetryReading      try again at the next poll; nothing is known to be lost
         ├── LostGpu           the GPU or driver went away: close the epoch, look for it again
@@ -46,6 +47,10 @@ class NoGpuError(UnavailableError):
 
 class LedgerError(EnergydError):
     """The database refuses: a newer version, a lock held elsewhere, a full disk, a damaged file."""
+
+
+class RefusedWindow(LedgerError):  # noqa: N818 - named for what was refused
+    """A settlement does not balance, or charges what is not there: a defect of ours that trying again cannot mend."""
 
 
 class SensorError(EnergydError):

@@ -20,7 +20,7 @@ from typing import Any, Self
 import msgspec
 from sqlite_utils import Database
 
-from .errors import LedgerError, UsageError
+from .errors import LedgerError, RefusedWindow, UsageError
 from .ledger_views import Views
 from .meter import Anchor, Resume
 from .migrations import migrations
@@ -334,12 +334,12 @@ class Ledger(Views):
     def settle(self, settlement: Settlement, window_end_ns: int, settled_ns: int) -> bool:
         """Book a window: header row first, then its charges, all or nothing; False if it was booked before.
 
-        Raises LedgerError if it does not balance or its charges do not sum to the header (nothing is booked then).
+        Raises RefusedWindow if it does not balance or its charges do not sum to the header (nothing is booked then).
         """
         gpu_id, key = self.gpu_id(settlement.gpu), (settlement.epoch, settlement.seq)
         unattributed_uj = sum(settlement.unattributed_uj.values())
         if settlement.residual_uj:
-            raise LedgerError(
+            raise RefusedWindow(
                 f"window {gpu_id}/{key[0]}/{key[1]} does not balance: {settlement.residual_uj} µJ left over"
             )
         try:
@@ -361,7 +361,7 @@ class Ledger(Views):
         except UsageError as e:
             if "UNIQUE constraint failed: settlements" in str(e):
                 return False
-            raise LedgerError(f"window {gpu_id}/{key[0]}/{key[1]} was refused: {e}") from e
+            raise RefusedWindow(f"window {gpu_id}/{key[0]}/{key[1]} was refused: {e}") from e
         return True
 
     def _charge(self, gpu_id: int, key: tuple[int, int], charges: Iterable[Charge]) -> None:
@@ -408,7 +408,7 @@ class Ledger(Views):
             [gpu_id, *key],
         ).fetchone()
         if row != (len(settlement.charges), settlement.active_uj, settlement.standing_uj):
-            raise LedgerError(f"the charges of window {gpu_id}/{key[0]}/{key[1]} do not sum to its header")
+            raise RefusedWindow(f"the charges of window {gpu_id}/{key[0]}/{key[1]} do not sum to its header")
 
     def energy_of(self, query_id: str) -> tuple[int | None, int | None, int]:
         """Active, standing (None: no window with a known shape covered it) and spread of a query so far, µJ."""

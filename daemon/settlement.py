@@ -13,7 +13,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -22,9 +22,10 @@ from .activity import Activity, ActivityBook, WorkerState
 from .attribution import Policy
 from .attribution.accounts import LEAD_NS, TAIL_NS, divide
 from .attribution.floor import QUIET_DISTANCE_NS, IdleFloor
+from .errors import RefusedWindow
 from .ledger import Ledger, booked_model, chunk_times
 from .meter import Resume
-from .records import Gpu, QueryStatus, Service, Settlement, Window, WindowKind
+from .records import Gpu, QueryStatus, Service, Settlement, Unattributed, Window, WindowKind
 from .units import NS_PER_MS, NS_PER_S
 from .wire import Batch, Event, Hello, Open, Progress
 
@@ -313,7 +314,12 @@ class Books:
             pending.seen = True
         reached = _reached(window, services)
         settlement = divide(window, reached, state.floor, self.policy, self.rival)
-        if self.ledger.settle(settlement, window.end_ns, now_ns):
+        try:
+            booked = self.ledger.settle(settlement, window.end_ns, now_ns)
+        except RefusedWindow as e:
+            settlement = self._set_aside(window, settlement, str(e), now_ns)
+            booked = self.ledger.settle(settlement, window.end_ns, now_ns)
+        if booked:
             self._on_settled(settlement, {a.query_id: a.model for a in near})
         state.settled_until_ns = max(state.settled_until_ns, window.end_ns)
         charged = {c.query_id for c in settlement.charges}
@@ -323,6 +329,14 @@ class Books:
                 activity.partial |= activity.end_ns is None
         if window.kind is WindowKind.METERED:
             self.policy.learn(window, reached, settlement.active_uj)
+
+    def _set_aside(self, window: Window, refused: Settlement, why: str, now_ns: int) -> Settlement:
+        """One window that breaks a law must not hold up all later ones: its energy is booked, to nobody, and said."""
+        log.error("%s; its energy is booked as unattributed", why)
+        self.ledger.add_event(self.host_id, now_ns, "window-refused", why, window.gpu)
+        energy_uj = window.energy_uj or 0
+        unknown = {Unattributed.UNKNOWN: energy_uj} if energy_uj else {}
+        return replace(refused, energy_uj=energy_uj, idle_uj=0, unattributed_uj=unknown, charges=())
 
     def _finish(self, now_ns: int) -> None:
         """Queries whose last window is settled become final."""

@@ -507,3 +507,21 @@ def test_a_second_daemon_on_the_same_books_is_refused(tmp_path: Path) -> None:
     """Two writers of one ledger are impossible; the message names the process that has it."""
     with Desk(tmp_path / "e.db"), pytest.raises(LedgerError, match=rf"process {__import__('os').getpid()}\b"):
         Ledger.open(tmp_path / "e.db")
+
+
+def test_a_window_that_breaks_a_law_is_set_aside_and_the_next_ones_settle(tmp_path: Path) -> None:
+    """A query that vanished from the ledger cannot be charged: its window goes to nobody, an event says so, nothing halts."""
+    card = Card(gpu_named(), busy=[(5.0, 7.0)])
+    with Desk(tmp_path / "e.db", card) as desk:
+        desk.hello()
+        desk.run(5)
+        desk.say(opened("q", 5))
+        desk.run(1)
+        desk.ledger.db.execute("DELETE FROM queries WHERE query_id = 'q'")
+        desk.say(closed("q", 6))
+        desk.run(6)
+        assert any(e["kind"] == "window-refused" for e in desk.ledger.events())
+        assert desk.books.settled_until_ns() > BEGIN_NS + 9 * NS_PER_S
+        accounts = {a.account for a in desk.ledger.account_totals()}
+        assert f"unattributed:{Unattributed.UNKNOWN}" in accounts
+        assert findings(desk.ledger) == []
