@@ -1,6 +1,5 @@
 """The local socket: proxies report queries, the bench reports runs. Unix socket, 0600, same user only; see `wire`."""
 
-import contextlib
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from aiohttp import web
 
 from . import wire
 from .errors import LedgerError, UnavailableError, UsageError
+from .localclient import listens
 from .questions import energy_answer
 from .units import NS_PER_US
 
@@ -253,10 +253,6 @@ def _same_user(request: web.Request) -> bool:
 
 def _make_room(path: Path) -> None:
     """A socket file may be left from a crash; a daemon that answers on it may not be pushed aside."""
-    if not path.exists():
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
-        probe.settimeout(1.0)
-        probe.connect(str(path))
+    if listens(path):
         raise UnavailableError(f"a daemon already listens at {path}; stop it first, or give this one another --db")
     path.unlink(missing_ok=True)

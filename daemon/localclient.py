@@ -26,6 +26,17 @@ class _Unix(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
+def listens(path: Path) -> bool:
+    """Whether somebody listens at `path`: a socket file alone may be left from a crash."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_TIMEOUT_S)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
 def ask(path: Path, method: str, target: str, body: bytes | None = None) -> bytes:
     """The daemon's answer; raises UnavailableError if nobody answers at `path` or the answer is not 200."""
     connection = _Unix(path)

@@ -9,20 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from . import paths
 from .config import read_config
 from .errors import UsageError
+from .localclient import listens
 from .verbs import DB, daemon_options, ledger_path
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _STEADY_S = 60.0
 _STOP_DAEMON_S = 15.0
+_DAEMON_FIRST_S = 5.0
+"""The proxy waits this long for the daemon: what the daemon refuses is then the only line on the screen."""
 _BAD_INPUT = 2
 
 
@@ -68,19 +72,22 @@ class Part:
             self.process.wait()
 
 
-def supervise(daemon: Part, proxy: Part, drain_s: float) -> int:
-    """Run both until SIGTERM or SIGINT (exit code 0), or until one refuses its input (its exit code)."""
+def supervise(daemon: Part, proxy: Part, drain_s: float, answers: Callable[[], bool]) -> int:
+    """Run both until SIGTERM or SIGINT (exit code 0), or until one refuses its input (its exit code).
+
+    `answers`: whether the daemon listens. The proxy starts when it does, or a little later without it.
+    """
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _frame: stop.append(n))
     daemon.spawn()
-    proxy.spawn()
+    proxy.retry_at_s = time.monotonic() + _DAEMON_FIRST_S
     code = 0
     while not stop:
         time.sleep(0.1)
         for part in (daemon, proxy):
             if part.process is None:
-                if time.monotonic() >= part.retry_at_s:
+                if time.monotonic() >= part.retry_at_s or (part is proxy and not proxy.restarts and answers()):
                     part.spawn()
                 continue
             ended = part.ended()
@@ -126,7 +133,8 @@ def start(db: Path | None, config: Path | None, **options: Any) -> None:  # noqa
     proxy_only = {"upstream", "listen", "name", "workers", "tenant_header", "drain"}
     to_daemon = [*where, *_flags({k: v for k, v in options.items() if k not in proxy_only})]
     to_proxy = [*where, *_flags({k: v for k, v in options.items() if k in proxy_only or k == "gpu"})]
-    sys.exit(supervise(Part("daemon", to_daemon), Part("proxy", to_proxy), options["drain"]))
+    socket = paths.socket_path(ledger_path(db))
+    sys.exit(supervise(Part("daemon", to_daemon), Part("proxy", to_proxy), options["drain"], lambda: listens(socket)))
 
 
 def _defaults(ctx: click.Context, path: Path | None) -> Path | None:
