@@ -117,6 +117,19 @@ def supervise(daemon: Part, proxy: Part, drain_s: float, answers: Callable[[], b
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Proxy processes.")
 @click.option("--tenant-header", default=None, help="Trusted request header that names who asked.")
 @click.option(
+    "--tenant", multiple=True, metavar="NAME=HASH", help="Name the tenant whose key has this hash; repeat it."
+)
+@click.option(
+    "--host-header",
+    type=click.Choice(["client", "upstream"]),
+    default="client",
+    show_default=True,
+    help="Send the client's Host field on, or the upstream's own name (for https endpoints).",
+)
+@click.option(
+    "--spool-limit", type=click.IntRange(1), default=256, show_default=True, help="MiB of disk for a worker's spool."
+)
+@click.option(
     "--drain",
     type=click.FloatRange(0),
     default=30.0,
@@ -130,7 +143,9 @@ def supervise(daemon: Part, proxy: Part, drain_s: float, answers: Callable[[], b
 def start(db: Path | None, config: Path | None, **options: Any) -> None:  # noqa: ARG001 - config fills the defaults
     """Meter this host's GPUs and proxy an inference server: point clients at --listen, scrape the admin port."""
     where = ["--db", str(ledger_path(db))]
-    proxy_only = {"upstream", "listen", "name", "workers", "tenant_header", "drain"}
+    proxy_only = {
+        "upstream", "listen", "name", "workers", "tenant_header", "tenant", "host_header", "spool_limit", "drain",
+    }  # fmt: skip
     to_daemon = [*where, *_flags({k: v for k, v in options.items() if k not in proxy_only})]
     to_proxy = [*where, *_flags({k: v for k, v in options.items() if k in proxy_only or k == "gpu"})]
     socket = paths.socket_path(ledger_path(db))

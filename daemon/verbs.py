@@ -27,7 +27,7 @@ def ledger_path(db: Path | None) -> Path:
     return db if db is not None else paths.ledger_path()
 
 
-@click.command(epilog="Example: energyd settle h200.json.gz --db h200.db --policy all")
+@click.command(epilog="Example: energyd settle h200.json.gz --db h200.db --policy tokens")
 @click.argument("trace", type=click.Path(path_type=Path))
 @click.option(
     "--db",
@@ -150,6 +150,7 @@ def audit(ctx: click.Context, db: Path | None, *, as_json: bool) -> None:
         "queries_with_energy": quality["with_energy"],
         "queries_late": quality["late"],
         "queries_partial": quality["partial"],
+        "coverage": None,
         "rel_u": quality["rel_u"],
         "dropped_events": dropped,
         "sources": sorted({g["source"] for g in summary["gpus"]}),
@@ -177,6 +178,7 @@ def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
         f"  queries with an energy: {report['queries_with_energy']:,} of {report['queries']:,}"
         f" ({report['queries_late']:,} late, {report['queries_partial']:,} partial)"
     )
+    yield "  coverage of the server's own traffic: unknown (only what came through the proxy is counted)"
     rel = report["rel_u"]
     yield f"  stated uncertainty per query (±1 sd, energy-weighted mean): {'unknown' if rel is None else f'{rel:.1%}'}"
     yield f"  proxy events dropped: {report['dropped_events']:,}"

@@ -7,8 +7,8 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from energyd.daemon import wire
@@ -38,6 +38,7 @@ class Settings:
     tenant_key: bytes
     gpus: tuple[str, ...] = ()
     tenant_header: str | None = None
+    tenant_names: Mapping[str, str] = field(default_factory=dict)
     spool_limit_bytes: int = 256 * 1024 * 1024
     drain_s: float = 30.0
 
@@ -121,7 +122,7 @@ class Worker:
         self._book = Book(
             put=self.outbox.put,
             server=settings.name,
-            tenants=Tenants(settings.tenant_key, settings.tenant_header),
+            tenants=Tenants(settings.tenant_key, settings.tenant_header, settings.tenant_names),
             now_ns=time.monotonic_ns,
             counts=self.counts,
         )

@@ -1,7 +1,9 @@
 """`energyd proxy`: the data listener alone, with or without a daemon."""
 
 import logging
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -9,6 +11,7 @@ import click
 
 from energyd.daemon.errors import UsageError
 from energyd.daemon.paths import ledger_path
+from energyd.daemon.wire import MAX_NAME_BYTES
 
 _EXAMPLE = """\b
 Example:
@@ -50,6 +53,13 @@ Example:
     help="Take the tenant's name from this header, which something you trust sets, not from a keyed hash of the key.",
 )
 @click.option(
+    "--tenant",
+    "tenants",
+    multiple=True,
+    metavar="NAME=HASH",
+    help="Name the tenant whose key has this hash (as exported queries show it); repeat it.",
+)
+@click.option(
     "--host-header",
     default="client",
     show_default=True,
@@ -74,7 +84,7 @@ Example:
 )
 def proxy(
     *, upstream: str, listen_on: str, db: Path | None, name: str | None, gpus: tuple[str, ...], workers: int,
-    tenant_header: str | None, host_header: str, spool_limit: int, drain: float,
+    tenant_header: str | None, tenants: tuple[str, ...], host_header: str, spool_limit: int, drain: float,
 ) -> None:  # fmt: skip
     """Forward every request to an inference server and tell the daemon who asked for what, and when.
 
@@ -101,6 +111,7 @@ def proxy(
         tenant_key=tenant_key(place),
         gpus=gpus,
         tenant_header=tenant_header,
+        tenant_names=parse_tenants(tenants),
         spool_limit_bytes=spool_limit * 1024 * 1024,
         drain_s=drain,
     )
@@ -130,6 +141,18 @@ def parse_upstream(url: str) -> str:
     if parts.query or parts.fragment:
         raise UsageError(f"--upstream must end with host, port or path, without '?' or '#'; {example}")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+
+
+def parse_tenants(named: Iterable[str]) -> dict[str, str]:
+    """Hash → name of `NAME=HASH` words; raises UsageError for one that is none."""
+    names: dict[str, str] = {}
+    for word in named:
+        name, _, digest = word.rpartition("=")
+        if not name or len(name.encode()) > MAX_NAME_BYTES or not re.fullmatch("[0-9a-f]{16}", digest):
+            # the word is not shown: by mistake it may hold the key itself
+            raise UsageError("--tenant takes NAME=HASH, with the 16 hex digits that `energyd export queries` shows")
+        names[digest] = name
+    return names
 
 
 def parse_listen(address: str) -> tuple[str, int]:

@@ -8,8 +8,8 @@ import hashlib
 import hmac
 import logging
 import secrets
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from energyd.daemon import wire
@@ -51,9 +51,11 @@ class Tenants:
 
     key: bytes
     trusted_header: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Keyed hash → the name that the configuration gives it."""
 
     def of(self, fields: Iterable[headers.Field]) -> str | None:
-        """Tenant of a request: 16 hex digits of HMAC-SHA256 under the host's key; None if it named nobody."""
+        """Tenant of a request: 16 hex digits of HMAC-SHA256 under the host's key, or its name; None if it named nobody."""
         fields = list(fields)
         if self.trusted_header is not None:
             raw = headers.value(fields, self.trusted_header.lower().encode())
@@ -63,7 +65,8 @@ class Tenants:
             if name == b"authorization":
                 credential = credential.partition(" ")[2].strip()
             if credential:
-                return hmac.new(self.key, credential.encode("latin-1"), hashlib.sha256).hexdigest()[:16]
+                digest = hmac.new(self.key, credential.encode("latin-1"), hashlib.sha256).hexdigest()[:16]
+                return self.names.get(digest, digest)
         return None
 
 

@@ -168,6 +168,8 @@ async def test_a_taken_port(command: Command, workers: str) -> None:
         (("--upstream", "nonsense"), "--upstream 'nonsense' is not an http or https URL"),
         (("--upstream", "http://h", "--listen", "x"), "--listen 'x' is not HOST:PORT"),
         (("--upstream", "http://h", "--tenant-header", "a: b"), "--tenant-header 'a: b' is not a header name"),
+        (("--upstream", "http://h", "--tenant", "team-a"), "--tenant takes NAME=HASH"),
+        (("--upstream", "http://h", "--tenant", "team-a=sk-secret"), "--tenant takes NAME=HASH"),
     ],
 )
 async def test_bad_input(command: Command, arguments: tuple[str, ...], said: str) -> None:
@@ -175,3 +177,4 @@ async def test_bad_input(command: Command, arguments: tuple[str, ...], said: str
     code, err = await command.ended(command.start(*arguments))
     assert (code, err.count("\n")) == (2, 1)
     assert said in err
+    assert "sk-secret" not in err

@@ -133,6 +133,15 @@ def test_names_are_bounded(name: str | None, cut: str | None) -> None:
     msgspec.msgpack.encode(cut_name(name))
 
 
+def test_a_tenant_whose_hash_has_a_name_gets_the_name() -> None:
+    """The configuration maps the keyed hash of a credential to a name; others keep their hash."""
+    digest = Tenants(b"k" * 32).of([(b"Authorization", b"Bearer sk-1")])
+    assert digest is not None
+    named = Tenants(b"k" * 32, names={digest: "team-a"})
+    assert named.of([(b"Authorization", b"Bearer sk-1")]) == "team-a"
+    assert named.of([(b"Authorization", b"Bearer sk-2")]) not in {"team-a", None}
+
+
 def test_tenants() -> None:
     """The same key is the same 16 hex digits under one host key, another under the next, and nobody is None."""
     tenants = Tenants(b"k" * 32)
