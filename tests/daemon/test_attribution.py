@@ -29,13 +29,13 @@ LAW = settings(deadline=None, derandomize=True, max_examples=150)
 """No timing decides, and the same code passes or fails every time."""
 
 
-def window(*runs: tuple[int, int], step_ms: int = 20, kind: WindowKind = WindowKind.METERED) -> Window:
+def window(*runs: tuple[int, float], step_ms: int = 20, kind: WindowKind = WindowKind.METERED) -> Window:
     """A window from T0 on, of runs (ms, W), cut into slices of `step_ms`; only a metered one keeps them."""
     slices, at_ns = [], T0
     for ms, power_w in runs:
         for piece in range(0, ms, step_ms):
             length = min(step_ms, ms - piece)
-            slices.append(Slice(at_ns, at_ns + length * MS, length * power_w * 1000))
+            slices.append(Slice(at_ns, at_ns + length * MS, round(length * power_w * 1000)))
             at_ns += length * MS
     return from_slices(slices, kind)
 
@@ -118,6 +118,40 @@ def test_time_shares_slice_by_slice() -> None:
     assert standing(s) == {"A": 66_666_667, "B": 33_333_333}
 
 
+def test_overlapping_flights_are_covered_once() -> None:
+    """Two queries that overlap for a fifth of the window stand for the whole floor together, not for 1.2 of it."""
+    # ms   0 ... 400 .. 600 ... 1000
+    # A    ==============
+    # B            ================
+    s = settled(window((1000, 300)), query("A", 0, 600), query("B", 400, 1000))
+    assert standing(s) == {"A": 50 * J, "B": 50 * J}
+    assert s.idle_uj == 0
+
+
+def test_a_slice_below_the_floor_lowers_nobodys_share() -> None:
+    """A was alone while the GPU dipped below the floor and shared what came after: the dip is no credit to it."""
+    # ms   0 ....... 500 ....... 1000
+    # A    =====================        80 W, then 300 W: -10 J and 100 J above the floor, 90 J in all
+    # B              ===========        weights 50 : 50
+    s = settled(window((500, 80), (500, 300)), query("A", 0, 1000), query("B", 500, 1000))
+    assert active(s) == {"A": 45 * J, "B": 45 * J}
+
+
+def test_a_chunk_on_the_border_belongs_to_the_window_it_begins() -> None:
+    """A chunk at the end of a window counts in the next one, a first chunk at once brings its whole prompt with it."""
+    w = window((1000, 300))
+    a = query("A", 0, 1500, chunks=[0, 1000], prompt=8, completion=4)  # 8 + 2 within
+    b = query("B", 0, 1000, chunks=[500], prompt=0, completion=30)
+    assert active(settled(w, a, b, by=TokenShare())) == {"A": 50 * J, "B": 150 * J}
+
+
+def test_a_last_token_does_not_bill_who_has_left() -> None:
+    """A's last chunk and its end lie on the border: the window after it, in which B is served, is B's."""
+    a = query("A", -500, 0, chunks=[-200, 0], prompt=8, completion=2)
+    b = query("B", 0, 1000, prompt=5, completion=5)
+    assert active(settled(window((1000, 300)), a, b, by=TokenShare())) == {"A": 0, "B": 200 * J}
+
+
 def test_token_shares() -> None:
     """Tokens within the window share its active energy, one chunk or token as good as another."""
     # A: 10 prompt tokens until its first chunk at 200 ms, then 30 completion tokens in 3 chunks  -> 40 in the window
@@ -162,9 +196,9 @@ def test_foreign_load_without_any_query_is_unattributed() -> None:
 @pytest.mark.parametrize("services", [(), (query("A", -900, -300),)])
 def test_noise_above_the_floor_stays_idle(services: tuple[Service, ...]) -> None:
     """Up to three standard deviations (6 W) above the floor are idle, with or without a query that ended long ago."""
-    quiet, loud = settled(window((1000, 106)), *services), settled(window((1000, 107)), *services)
+    quiet, loud = settled(window((1000, 106)), *services), settled(window((1000, 106.5)), *services)
     assert (quiet.idle_uj, dict(quiet.unattributed_uj)) == (106 * J, {})
-    assert (loud.idle_uj, dict(loud.unattributed_uj)) == (100 * J, {Unattributed.UNKNOWN: 7 * J})
+    assert (loud.idle_uj, dict(loud.unattributed_uj)) == (100 * J, {Unattributed.UNKNOWN: 6_500_000})
 
 
 def test_noise_beside_a_query_stays_idle() -> None:

@@ -63,6 +63,15 @@ def test_the_first_value_is_not_energy() -> None:
     assert meter().feed(read_at(S, 987_654_321)) == []
 
 
+def test_an_anchor_lies_half_a_step_before_the_middle_of_its_read() -> None:
+    """Reads that took 20 and 4 ms: the value is that of the last step before, 50 ms ago on average."""
+    # read   1000-1020 -> anchor 960        2000-2004 -> anchor 1952
+    m = meter()
+    m.feed(Reading(None, Counter(1000 * MS, 1020 * MS, 0)))
+    w = one(m.feed(Reading(None, Counter(2000 * MS, 2004 * MS, 1))))
+    assert (w.start_ns, w.end_ns) == (960 * MS, 1952 * MS)
+
+
 def test_samples_shape_what_the_counter_says() -> None:
     """The counter says 220 J where the samples sum to 200 J: each slice gets 1.1 times its sample."""
     # ms       1000 ... 1500 ... 2000
@@ -173,6 +182,14 @@ def test_a_restart_within_a_boot_is_an_outage() -> None:
     assert (w.kind, w.epoch, w.seq, w.energy_uj, w.slices) == (WindowKind.OUTAGE, 2, 17, 400_000_000, ())
     assert (w.start_ns, w.end_ns) == (10 * S, 3610 * S)
     assert one(m.feed(read_at(3611 * S, 402_000))).kind is WindowKind.METERED
+
+
+def test_a_restart_before_the_next_step_closes_the_outage_at_once() -> None:
+    """The counter did not move meanwhile: an outage of 0 µJ, and what follows has a shape again."""
+    m = meter(Resume(Anchor(10 * S, 1_000), epoch=0, next_seq=3, same_boot=True))
+    w = one(m.feed(read_at(10 * S + 60 * MS, 1_000)))
+    assert (w.kind, w.energy_uj) == (WindowKind.OUTAGE, 0)
+    assert one(m.feed(read_at(11 * S, 2_000))).kind is WindowKind.METERED
 
 
 def test_another_boot_is_a_reset_even_if_the_value_is_larger() -> None:

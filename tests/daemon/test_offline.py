@@ -221,6 +221,7 @@ def test_a_request_beyond_the_end_has_what_was_metered(tmp_path: Path) -> None:
     """The meter stopped half way through it: it holds the metered part, and the books still balance."""
     queries, accounts = settle(tmp_path, trace(steady(10, 300), requests=(request(0, 8.95, 30.0),)))
     assert queries["0000"]["active_energy_uj"] + queries["0000"]["standing_energy_uj"] == 600_000_000
+    assert (queries["0000"]["source"], queries["0000"]["rel_u"] is None) == ("recording", False)
     assert sum(accounts.values()) == 3_000_000_000
 
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from energyd.daemon.ledger import Ledger
-from energyd.daemon.offline import settle_trace
+from energyd.daemon.offline import WORKER, settle_trace
 from energyd.daemon.questions import energy_answer, known_throughout, span_energy_uj
-from energyd.daemon.records import Slice, Source, Window, WindowKind
+from energyd.daemon.records import Counter, Gpu, Samples, Slice, Source, Window, WindowKind
 from energyd.daemon.settlement import Books
-from energyd.daemon.trace import Trace, read_trace
-from energyd.daemon.wire import EnergyAnswer, RunEnd, RunStart, Sample
+from energyd.daemon.trace import Trace, TracedRequest, read_trace
+from energyd.daemon.wire import Batch, EnergyAnswer, Hello, Open, RunEnd, RunStart, Sample, Server
 
 RECORDING = Path(__file__).parents[1] / "data" / "h200_vllm_llama8b_eager.json.gz"
 MS = 1_000_000
@@ -88,6 +88,13 @@ def test_an_edge_within_an_outage_is_very_uncertain() -> None:
     energy, u_uj = span_energy_uj([outage, window(8000, 9000, 300, 150, 150)], 4000 * MS, 9000 * MS)
     assert energy == 1500 * J
     assert u_uj == pytest.approx(2400 * J / 12**0.5, rel=1e-6)
+
+
+def test_an_edge_within_a_window_of_one_slice_is_very_uncertain() -> None:
+    """Counter without samples: the same holds for a metered window that is cut, not for one that ends there."""
+    windows = [window(0, 1000, 300, 300, u_j=10), window(1000, 2000, 300, 300, u_j=10)]
+    assert span_energy_uj(windows, 500 * MS, 2000 * MS)[1] == pytest.approx(J * (300**2 / 12 + 10**2) ** 0.5, rel=1e-6)
+    assert span_energy_uj(windows, 0, 2000 * MS)[1] == pytest.approx(J * 200**0.5, rel=1e-6)
 
 
 def test_a_window_whose_shape_was_dropped_still_counts() -> None:
@@ -203,3 +210,23 @@ def test_an_unknown_run_has_no_queries(booked: Booked) -> None:
     """A run that nobody reported samples for: the GPUs' energy, and no query."""
     answer = booked.ask(*booked.span, "nobody's")
     assert (answer.queries, answer.active_uj, len(answer.gpus)) == (0, None, 1)
+
+
+def test_a_run_counts_the_gpus_of_its_server_and_waits_for_its_queries(tmp_path: Path) -> None:
+    """Two GPUs, a server on the second: only that one is in the answer; a query still open keeps it provisional."""
+    gpus = tuple(Gpu(f"recording-{i}", i, "GPU", "1", Source.RECORDING) for i in range(2))
+    counters = tuple(tuple(Counter(i * S, i * S, i * (1 + g) * 100_000) for i in range(1, 12)) for g in range(2))
+    none = Samples((), ())
+    done = TracedRequest(0, 4 * S, 6 * S, (), False, 200, 1, 1)
+    with Ledger.open(tmp_path / "two.db") as ledger:
+        books = settle_trace(Trace({}, gpus, counters, (none, none), (), (done,)), ledger, policy="time")
+        books.hello(Hello("w", "recording", 0, 0, 0, (Server(WORKER, "http://x", ("1",)),)), 12 * S)
+        ledger.start_run("recording", RunStart("run", "text_generation", "m", 1, "http://x", {}), 2 * S)
+        ledger.add_samples("run", [Sample(0, "0000", "measured", 4 * S, 6 * S, True, 200)])
+        answer = energy_answer(ledger, books, gpus, 2 * S, 10 * S, "run")
+        assert [(g.uuid, g.energy_uj) for g in answer.gpus] == [("recording-1", 1600 * J)]
+        assert (answer.settled, answer.complete) == (True, True)
+        books.take(Batch("w", 1, (Open("open", 7 * S, WORKER),), 8 * S), 12 * S)
+        ledger.add_samples("run", [Sample(1, "open", "measured", 7 * S, 8 * S, True, 200)])
+        again = energy_answer(ledger, books, gpus, 2 * S, 10 * S, "run")
+        assert (again.settled, again.complete, again.queries_with_energy) == (False, True, 1)
