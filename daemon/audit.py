@@ -119,11 +119,18 @@ def check_queries(rows: Iterable[Row]) -> Iterator[Finding]:
                 yield Finding("conservation", where, f"holds {off_uj} µJ {account} more than its charges", off_uj)
 
 
+def check_orphans(rows: Iterable[Row]) -> Iterator[Finding]:
+    """Rows are charges whose query is gone: each is a finding."""
+    for row in rows:
+        what = f"{row['charges']} charges of {row['energy_uj']} µJ belong to a query that is not in the ledger"
+        yield Finding("conservation", f"query number {row['query_no']}", what, row["energy_uj"])
+
+
 def check_days(rows: Iterable[Row]) -> Iterator[Finding]:
     """Daily totals, which outlive the rows they came from, equal what was settled."""
     for row in rows:
         for account in ("active", "standing", "idle", "unattributed"):
-            off_uj = (row[f"day_{account}_uj"] or 0) - row[f"{account}_uj"]
+            off_uj = (row[f"day_{account}_uj"] or 0) - (row[f"{account}_uj"] or 0)
             if off_uj:
                 where = f"GPU {row['uuid']} {account}"
                 yield Finding("conservation", where, f"daily totals hold {off_uj} µJ more than the settlements", off_uj)

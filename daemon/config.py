@@ -63,6 +63,7 @@ class Settings(BaseModel):
     keep_shape_days: float = Field(default=1, gt=0)
     keep_windows_days: float = Field(default=7, gt=0)
     keep_queries_days: float = Field(default=400, gt=0)
+    keep_runs_days: float = Field(default=90, gt=0)
 
     @classmethod
     def checked(cls, **values: Any) -> Self:

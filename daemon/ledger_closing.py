@@ -10,15 +10,19 @@ NS_PER_HOUR = 3_600 * NS_PER_S
 _MOST_HOURS = 48
 """Hours closed in one go, so that the writer thread is never busy for long."""
 
+# Hours close oldest first, so a pinned one holds up all that follow: a run pins for a bounded time (`runs_since_ns`).
 _PINNED = (
     "EXISTS (SELECT 1 FROM runs r WHERE r.released = 0 AND r.measured_start_ns IS NOT NULL"
-    " AND r.started_ns < {end} AND r.measured_end_ns > {start})"
+    " AND r.started_ns < {end} AND r.measured_end_ns > {start} AND r.measured_end_ns > {since})"
 )
 
 
-def drop_shapes(ledger: Ledger, before_ns: int) -> None:
-    """Forget the 20 ms shape of settled windows that ended before `before_ns`, unless a run pins them."""
-    pinned = _PINNED.format(start="windows.start_ns", end="windows.end_ns")
+def drop_shapes(ledger: Ledger, before_ns: int, runs_since_ns: int = 0) -> None:
+    """Forget the 20 ms shape of settled windows that ended before `before_ns`.
+
+    Those that a run pins stay, if it ended after `runs_since_ns`.
+    """
+    pinned = _PINNED.format(start="windows.start_ns", end="windows.end_ns", since=runs_since_ns)
     with ledger.transaction():
         ledger.db.execute(
             "UPDATE windows SET shape = NULL WHERE shape IS NOT NULL AND end_ns < ? AND EXISTS (SELECT 1 FROM settlements s"  # noqa: S608 - constants only
@@ -28,7 +32,7 @@ def drop_shapes(ledger: Ledger, before_ns: int) -> None:
         )
 
 
-def close_hours(ledger: Ledger, before_ns: int) -> int:
+def close_hours(ledger: Ledger, before_ns: int, runs_since_ns: int = 0) -> int:
     """Close whole hours that ended before `before_ns`, are settled and unpinned, oldest first; returns how many."""
     closed = 0
     for row in ledger.gpus():
@@ -37,14 +41,14 @@ def close_hours(ledger: Ledger, before_ns: int) -> int:
             if first is None:
                 break
             hour_ns = first // NS_PER_HOUR * NS_PER_HOUR
-            if hour_ns + NS_PER_HOUR > before_ns or not _closable(ledger, row["gpu_id"], hour_ns):
+            if hour_ns + NS_PER_HOUR > before_ns or not _closable(ledger, row["gpu_id"], hour_ns, runs_since_ns):
                 break
             _close(ledger, row["gpu_id"], hour_ns)
             closed += 1
     return closed
 
 
-def _closable(ledger: Ledger, gpu_id: int, hour_ns: int) -> bool:
+def _closable(ledger: Ledger, gpu_id: int, hour_ns: int, runs_since_ns: int) -> bool:
     end_ns = hour_ns + NS_PER_HOUR
     unsettled, last = ledger.db.execute(
         "SELECT SUM(s.gpu_id IS NULL AND w.kind <> 'gap'), MAX(w.end_ns) = (SELECT MAX(end_ns) FROM windows x WHERE"
@@ -52,7 +56,7 @@ def _closable(ledger: Ledger, gpu_id: int, hour_ns: int) -> bool:
         " WHERE w.gpu_id = ? AND w.end_ns < ?",
         [gpu_id, end_ns],
     ).fetchone()
-    pinned = ledger.db.execute(f"SELECT {_PINNED.format(start=hour_ns, end=end_ns)}").fetchone()[0]
+    pinned = ledger.db.execute(f"SELECT {_PINNED.format(start=hour_ns, end=end_ns, since=runs_since_ns)}").fetchone()[0]
     return not unsettled and not last and not pinned  # the newest window stays: the meter goes on from it
 
 

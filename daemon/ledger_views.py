@@ -183,6 +183,15 @@ class Views:
             )
         )
 
+    def audit_orphans(self) -> list[Row]:
+        """Charges to queries that are not there any more, by query number: count and µJ."""
+        return list(
+            self.db.query(
+                "SELECT c.query_no, COUNT(*) AS charges, SUM(c.active_uj + c.standing_uj) AS energy_uj FROM charges c"
+                " LEFT JOIN queries q USING (query_no) WHERE q.query_no IS NULL GROUP BY 1"
+            )
+        )
+
     def audit_days(self) -> list[Row]:
         """Per GPU and account: what the daily totals say, and what settlements and closed hours say."""
         return list(
@@ -198,7 +207,8 @@ class Views:
                 " FROM daily_energy GROUP BY 1)"
                 " SELECT g.uuid, d.active AS active_uj, d.standing AS standing_uj, d.idle AS idle_uj, d.unattributed AS"
                 " unattributed_uj, y.active AS day_active_uj, y.standing AS day_standing_uj, y.idle AS day_idle_uj,"
-                " y.unattributed AS day_unattributed_uj FROM gpus g JOIN detail d USING (gpu_id) LEFT JOIN days y USING (gpu_id)"
+                " y.unattributed AS day_unattributed_uj FROM gpus g"
+                " LEFT JOIN detail d USING (gpu_id) LEFT JOIN days y USING (gpu_id)"
             )
         )
 
@@ -218,6 +228,10 @@ class Views:
                 )
             )
         )
+
+    def last_window_ns(self) -> int:
+        """End of the newest window of any GPU (0: none)."""
+        return int(self.db.execute("SELECT COALESCE(MAX(end_ns), 0) FROM windows").fetchone()[0])
 
     def late_queries(self) -> int:
         """Queries that were final as `late` since the ledger began."""

@@ -1,13 +1,15 @@
 """Booking a recorded trace: the same meter, settlement and ledger as live, fed by a file and as fast as it goes."""
 
 from collections.abc import Iterator
+from heapq import merge
+from operator import itemgetter
 from pathlib import Path
 
 from .attribution import policy as policy_named
 from .errors import EndOfTrace
 from .ledger import Ledger
 from .meter import Meter
-from .records import QueryStatus
+from .records import Gpu, QueryStatus, Reading
 from .sensors.recording import RecordingSensor
 from .settlement import Books, Limits
 from .trace import Trace, TracedRequest
@@ -15,7 +17,6 @@ from .units import NS_PER_S, NS_PER_US
 from .wire import Batch, Close, Event, Hello, Open, Progress
 
 WORKER = "recording"
-_BATCH = 500
 
 
 def rival_of(policy: str) -> str:
@@ -33,28 +34,57 @@ def settle_trace(
     ledger.register_host(host_id, host_id, start_ns)
     books = Books(
         ledger, host_id=host_id, boot_id=boot_id, policy=policy_named(policy), rival=policy_named(rival_of(policy)),
-        offset_ns=0, now_ns=start_ns, limits=Limits(greeting_ns=0),
+        offset_ns=0, now_ns=start_ns, limits=Limits(greeting_ns=0, horizon_ns=latest_ns - start_ns),
     )  # fmt: skip
     meters = {gpu.uuid: Meter(gpu.uuid, gpu.source, books.add_gpu(gpu, None)) for gpu in trace.gpus}
-    books.hello(Hello(WORKER, boot_id, 0, 0, 0, ()), latest_ns)
-    sequence = 1
-    for events in _batches(trace):
-        books.take(Batch(WORKER, sequence, tuple(events), 0), latest_ns)
-        sequence += len(events)
-    books.take(Batch(WORKER, sequence, (), latest_ns), latest_ns)
-    sensor = RecordingSensor(trace)
-    for gpu in sensor.gpus():
-        meter = meters[gpu.uuid]
-        while True:
-            try:
-                reading = sensor.read(gpu)
-            except EndOfTrace:
-                break
-            books.add_windows(meter.feed(reading))
+    books.hello(Hello(WORKER, boot_id, 0, 0, 0, ()), start_ns)
+    post = _Post(trace)
+    for gpu, reading, now_ns in _readings(trace):
+        books.take(post.until(now_ns), now_ns)
+        books.add_windows(meters[gpu.uuid].feed(reading))
+        books.advance(now_ns)
+    books.take(post.until(latest_ns), latest_ns)
     books.advance(latest_ns)
     books.finish_recording()
     books.bye(WORKER, latest_ns)
     return books
+
+
+def _readings(trace: Trace) -> Iterator[tuple[Gpu, Reading, int]]:
+    """The readings of all GPUs in order of time, as a daemon would have made them."""
+    sensor = RecordingSensor(trace)
+
+    def of(gpu: Gpu) -> Iterator[tuple[int, Gpu, Reading]]:
+        while True:
+            try:
+                reading = sensor.read(gpu)
+            except EndOfTrace:
+                return
+            yield (reading.counter.after_ns if reading.counter else 0), gpu, reading
+
+    for now_ns, gpu, reading in merge(*(of(gpu) for gpu in sensor.gpus()), key=itemgetter(0)):
+        yield gpu, reading, now_ns
+
+
+class _Post:
+    """The proxy of a recording: tells of each request when it came and when it ended.
+
+    Queries that are settled leave the books, so a recording of a day costs what a day's daemon costs.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        width = max(4, len(str(len(trace.requests))))
+        events = (event for r in trace.requests for event in _events(r, query_id(r, width)))
+        self._events = sorted(events, key=itemgetter(0))
+        self._sent = 0
+
+    def until(self, now_ns: int) -> Batch:
+        """Everything up to `now_ns` that was not told yet."""
+        first = self._sent
+        while self._sent < len(self._events) and self._events[self._sent][0] <= now_ns:
+            self._sent += 1
+        told = tuple(event for _, event in self._events[first : self._sent])
+        return Batch(WORKER, first + 1, told, now_ns)
 
 
 def query_id(request: TracedRequest, width: int) -> str:
@@ -62,24 +92,12 @@ def query_id(request: TracedRequest, width: int) -> str:
     return f"{request.index:0{width}d}"
 
 
-def _batches(trace: Trace) -> Iterator[list[Event]]:
-    width = max(4, len(str(len(trace.requests))))
-    events: list[Event] = []
-    for request in trace.requests:
-        events.extend(_events(request, query_id(request, width)))
-        if len(events) >= _BATCH:
-            yield events
-            events = []
-    if events:
-        yield events
-
-
-def _events(r: TracedRequest, qid: str) -> Iterator[Event]:
-    yield Open(qid, r.start_ns, WORKER)
+def _events(r: TracedRequest, qid: str) -> Iterator[tuple[int, Event]]:
+    yield r.start_ns, Open(qid, r.start_ns, WORKER)
     if r.chunks_ns:
-        yield Progress(qid, r.start_ns, _deltas_us(r.start_ns, r.chunks_ns))
+        yield max(r.end_ns, r.start_ns), Progress(qid, r.start_ns, _deltas_us(r.start_ns, r.chunks_ns))
     ok = r.http_status is None or 200 <= r.http_status < 300
-    yield Close(
+    close = Close(
         query_id=qid,
         end_ns=r.end_ns,
         status=str(QueryStatus.OK if ok else QueryStatus.FAILED),
@@ -93,6 +111,7 @@ def _events(r: TracedRequest, qid: str) -> Iterator[Event]:
         completion_tokens=r.completion_tokens,
         usage_source="response" if r.completion_tokens is not None else "absent",
     )
+    yield max(r.end_ns, r.start_ns), close
 
 
 def _deltas_us(from_ns: int, times_ns: tuple[int, ...]) -> tuple[int, ...]:

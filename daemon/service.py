@@ -107,7 +107,10 @@ class Service:
         self.ledger = Ledger.open(settings.db)
         started = Clock.start()
         self.ledger.register_host(self.host_id, socket.gethostname(), started.now_ns())
-        offset_ns = self.ledger.boot_offset(self.host_id, self.boot_id, started.offset_ns, started.now_ns())
+        # A clock that was set back over a reboot must not put new windows before the old ones.
+        behind_ns = max(0, self.ledger.last_window_ns() - started.now_ns())
+        first_offset_ns = started.offset_ns + behind_ns
+        offset_ns = self.ledger.boot_offset(self.host_id, self.boot_id, first_offset_ns, started.now_ns() + behind_ns)
         self.clock = Clock(offset_ns)
         self.sensor = open_with(settings, self.clock)
         gpus = self.sensor.gpus() if self.sensor else ()
@@ -129,7 +132,7 @@ class Service:
         self.books.recover()
         self.totals.load(self.ledger.account_totals(), self.books.unsettled_uj(), self.ledger.query_totals())
         self.retention = Retention.from_days(
-            settings.keep_shape_days, settings.keep_windows_days, settings.keep_queries_days
+            settings.keep_shape_days, settings.keep_windows_days, settings.keep_queries_days, settings.keep_runs_days
         )
         self.ledger_failures = 0
         self.failing: str | None = None

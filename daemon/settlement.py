@@ -440,13 +440,14 @@ def rel_u(energy_uj: int, spread_uj: int, duration_ns: int) -> float | None:
     """Relative standard deviation of a query's serving energy; None for 0 µJ.
 
     Terms: the meter (0.3 %), the edges of the query in the meter's time (15 ms at either end), half of what the rival
-    policy would have charged differently. It is comparative: the sensor's gain (±5 %) is not in it, and for the
-    policies `time` and `tokens` it is stated, not validated against known shares.
+    policy would have charged differently; at most 1, where the policies differ by more than the figure itself. It is
+    comparative: the sensor's gain (±5 %) is not in it, and for the policies `time` and `tokens` it is stated, not
+    validated against known shares.
     """
     if energy_uj <= 0:
         return None
     edge = math.sqrt(2) * _EDGE_NS / max(duration_ns, _EDGE_NS)
-    return math.hypot(_METER_REL_U, edge, spread_uj / 2 / energy_uj)
+    return min(1.0, math.hypot(_METER_REL_U, edge, spread_uj / 2 / energy_uj))
 
 
 def _reach(window: Window) -> tuple[int, int]:

@@ -130,6 +130,7 @@ def audit(ctx: click.Context, db: Path | None, *, as_json: bool) -> None:
         findings = [
             *checks.check_windows(ledger.audit_windows()),
             *checks.check_queries(ledger.audit_queries()),
+            *checks.check_orphans(ledger.audit_orphans()),
             *checks.check_days(ledger.audit_days()),
             *checks.check_closings(ledger.audit_closings()),
         ]

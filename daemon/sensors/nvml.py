@@ -134,6 +134,7 @@ class NvmlSensor:
             raise LostGpu(f"{device.lost}; looking for it again")
         if device.lost or device.stale:
             self._recover(device)
+        cursor = device.seen_us, device.end_ns
         try:
             with self._gate.shared():
                 samples = self._samples(device) if device.capabilities.samples else None
@@ -141,6 +142,7 @@ class NvmlSensor:
                 counter_mj = int(pynvml.nvmlDeviceGetTotalEnergyConsumption(device.handle))
                 counter = Counter(before_ns, self._clock.now_ns(), counter_mj)
         except pynvml.NVMLError as e:
+            device.seen_us, device.end_ns = cursor  # the driver's ring still has them for the next read
             raise self._failure(device, e) from e
         device.retry_ns, device.wait_ns = 0, _BACKOFF_NS[0]
         return Reading(samples, counter)
