@@ -217,6 +217,18 @@ def test_a_querys_energy_is_its_charges(ledger_file: Path) -> None:
     assert laws(audit.check_queries([unknown])) == [(CONSERVED, -8)]
 
 
+def test_charges_of_a_query_that_was_deleted_are_found(tmp_path: Path) -> None:
+    """A deleted query leaves its charges without an owner: a finding that names how much."""
+    with Ledger.open(tmp_path / "e.db") as ledger:
+        settle_trace(read_trace(RECORDING), ledger, policy="time")
+        assert list(audit.check_orphans(ledger.audit_orphans())) == []
+        ledger.db.execute("PRAGMA foreign_keys = OFF")
+        active, standing, _ = ledger.energy_of("0007")
+        ledger.db.execute("DELETE FROM queries WHERE query_id = '0007'")
+        (finding,) = audit.check_orphans(ledger.audit_orphans())
+    assert (finding.law, finding.residual_uj) == (CONSERVED, (active or 0) + (standing or 0))
+
+
 def test_daily_totals_are_the_settlements(ledger_file: Path) -> None:
     """True books agree; one account that differs is one finding that names it."""
     with Ledger.open(ledger_file, readonly=True) as ledger:

@@ -144,6 +144,19 @@ def test_a_run_keeps_the_windows_of_its_span(ledger: Ledger) -> None:
         assert findings(ledger) == []
 
 
+def test_a_run_that_nobody_releases_pins_for_a_bounded_time(ledger: Ledger) -> None:
+    """Hours close oldest first: a pin for ever would keep all later detail, so it ends 90 days after the run (here 9 hours)."""
+    keep = Retention.from_days(shape=1 / 24, windows=2 / 24, queries=3 / 24, runs=9 / 24)
+    with ledger:
+        ledger.start_run(HOST, RunStart("r", "reasoning", "m", 1, "u", {}), at_hour(1.2))
+        ledger.end_run(RunEnd("r", "complete", at_hour(1.25), at_hour(1.5), {}))
+        keep.apply(ledger, at_hour(10))
+        assert len(closings(ledger)) == 1
+        keep.apply(ledger, at_hour(11))
+        assert len(closings(ledger)) == HOURS
+        assert findings(ledger) == []
+
+
 def test_shapes_go_first_and_only_of_settled_windows(ledger: Ledger) -> None:
     """After their age the 20 ms shapes are forgotten; the windows and their energy stay."""
     with ledger:

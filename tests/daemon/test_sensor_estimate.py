@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from energyd.daemon.clock import Clock
 from energyd.daemon.errors import NoGpuError, RetryReading, UsageError
 from energyd.daemon.records import Counter, Samples, Source

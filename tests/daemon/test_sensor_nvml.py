@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+
 from energyd.daemon.clock import Clock, TimeSource
 from energyd.daemon.errors import LostGpu, NoGpuError, RetryReading, UsageError
 from energyd.daemon.records import Gpu, Samples, Source
@@ -203,6 +205,22 @@ def test_no_new_sample_is_an_empty_batch(nvml: Says) -> None:
     sensor, (gpu,) = opened()
     nvml.say(f"fail {SAMPLES} 6")
     assert Samples((), ()) == sensor.read(gpu).samples
+
+
+def test_samples_survive_a_counter_that_fails_after_them(nvml: Says) -> None:
+    """Both are read in one poll; if the counter fails, the samples are there at the next: no hole in the shape."""
+    sensor, (gpu,) = opened()
+    first = sensor.read(gpu).samples
+    assert first is not None
+    time.sleep(0.3)
+    nvml.say(f"fail {COUNTER} 999")
+    with pytest.raises(RetryReading):
+        sensor.read(gpu)
+    nvml.say()
+    again = sensor.read(gpu).samples
+    assert again is not None
+    assert again.end_ns[0] - first.end_ns[-1] < 100 * NS_PER_MS
+    sensor.close()
 
 
 @pytest.mark.parametrize("code", [3, 10, 11, 21, 27, 999, 4, 6, 17])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from energyd.daemon.errors import EndOfTrace
 from energyd.daemon.records import Counter, Gpu, Reading, Samples, Source
 from energyd.daemon.sensors.recording import RecordingSensor

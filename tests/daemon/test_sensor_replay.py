@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
 from energyd.daemon.clock import Clock
 from energyd.daemon.errors import TraceError, UsageError
 from energyd.daemon.records import Counter, Gpu, Reading, Samples, Source

@@ -13,7 +13,8 @@ import pytest
 
 from energyd.daemon.config import Settings
 from energyd.daemon.errors import LedgerError, LostGpu, RetryReading, UsageError
-from energyd.daemon.records import Counter, Gpu, Reading, Samples, Source
+from energyd.daemon.ledger import Ledger
+from energyd.daemon.records import Counter, Gpu, Reading, Samples, Source, Window, WindowKind
 from energyd.daemon.service import Service, host_id, open_sensor
 from tests.faults.rig import Worker, asked, audited, daemon, energyd, one_line, wait_for
 
@@ -212,6 +213,20 @@ async def test_a_hung_driver_blocks_only_itself(service: Service) -> None:
         thread.state, thread.read_ns = "ok", service.clock.now_ns() - 60 * 10**9
         assert "hung" in service.meter_state("GPU-a")
         assert (await service.health()).read_age_ns["GPU-a"] >= 0
+
+
+def test_a_clock_set_back_over_a_reboot_puts_no_window_before_the_old_ones(tmp_path: Path, flaky: Flaky) -> None:
+    """Ledger time of a new boot begins after the newest window, whatever the wall clock says; else windows would be 1 ns."""
+    far_ns = time.time_ns() + 3600 * 10**9
+    settings = Settings.checked(db=tmp_path / "e.db", admin={"host": "127.0.0.1", "port": 0})
+    with Ledger.open(tmp_path / "e.db") as ledger:
+        ledger.register_host("h", "h", 0)
+        ledger.register_gpu("h", flaky.gpu, 0)
+        window = Window("GPU-a", 0, 0, far_ns - 10**9, far_ns, 0, 1, 1000, 0, WindowKind.METERED, Source.ESTIMATE)
+        ledger.append_windows([window], "an earlier boot")
+    service = Service(settings, lambda _settings, _clock: flaky)
+    assert service.clock.now_ns() >= far_ns
+    service.close()
 
 
 def test_the_host_is_named_by_a_hash(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from energyd.daemon.errors import TraceError
 from energyd.daemon.records import Counter, Samples, Source
 from energyd.daemon.trace import DEFAULT_MODEL, Mark, parse_trace, read_trace
