@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
-from sqlite_utils import Database
 
 from .errors import LedgerError, RefusedWindow, UsageError
+from .ledger_sqlite import Database
 from .ledger_views import Views
 from .meter import Anchor, Resume
 from .migrations import migrations

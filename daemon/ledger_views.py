@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlite_utils import Database
 
+from .ledger_sqlite import Database
 from .records import Run
 
 EXPORT_COLUMNS = (

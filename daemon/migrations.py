@@ -22,8 +22,7 @@ ratings, events    stars given; what happened to the meter                      
 =================  ===========================================================  =====================  ===============
 """
 
-from sqlite_utils import Database
-from sqlite_utils.migrations import Migrations
+from .ledger_sqlite import Database, Migrations
 
 migrations = Migrations("energyd")
 

@@ -1,6 +1,7 @@
 """What is installed: verbs that are there, light, and free of the heavy libraries."""
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -98,3 +99,12 @@ def test_the_example_settings_are_options_of_start() -> None:
     assert command is not None
     options = {option for p in command.params for option in p.opts}
     assert {f"--{key.replace('_', '-')}" for key in settings} <= options
+
+
+def test_the_ledger_does_not_load_pandas(tmp_path: Path) -> None:
+    """sqlite-utils would import pandas where it is installed (68 MiB); a stand-in that is found first is not imported."""
+    (tmp_path / "pandas.py").write_text("raise AssertionError('pandas was imported')\n")
+    script = "import energyd.daemon.ledger, sys; assert 'pandas' not in sys.modules; print('ok')"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("ok", "")
