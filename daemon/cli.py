@@ -20,6 +20,7 @@ _OWN = {
     "audit": ("energyd.daemon.verbs", "audit"),
     "export": ("energyd.daemon.verbs", "export"),
     "status": ("energyd.daemon.verbs", "status"),
+    "record": ("energyd.daemon.doctor_verbs", "record"),
 }
 _GROUP = "energyd.commands"
 
