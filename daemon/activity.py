@@ -1,7 +1,7 @@
 """Who was being served, by whom, and until when each proxy worker has told us everything. Pure bookkeeping in memory.
 
 A window may be settled once every worker's watermark has passed its end and no query that overlaps it is still open, or
-at the horizon, which counts only time in which daemon and workers were in touch (DESIGN §10.1-2).
+at the horizon, which counts only time in which daemon and workers were in touch.
 """
 
 from array import array

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 _SCALE = 1 << 40
-"""Weights are divided by their maximum, multiplied by this and rounded (DESIGN §10.7): 12 decimal digits survive."""
+"""Weights are divided by their maximum, multiplied by this and rounded: 12 decimal digits survive."""
 
 
 def scaled(weights: Sequence[float]) -> tuple[list[int], int]:

@@ -1,138 +1,28 @@
 """The ledger: append, settle, read back. All SQL of energyd is in `ledger*.py` and `migrations.py`; another engine may come.
 
-One writer: whoever writes holds an exclusive lock on `<db>.lock` for as long as the ledger is open (DESIGN §10.9); readers
-need none (WAL). Every method that writes is one transaction. `synchronous=NORMAL` in WAL mode: a killed process loses
-nothing that was committed; a power cut may lose the last second, whose joules the counter of the next boot no longer
-holds either.
+::
+
+    Views (reads) <- Store (file, lock, transactions) <- Intake (queries), Runs (runs, ratings, events) <- Ledger
 """
 
-import contextlib
-import fcntl
-import json
-import os
-import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
-from .errors import LedgerError, RefusedWindow, UsageError
-from .ledger_sqlite import Database
-from .ledger_views import Views
+from .errors import RefusedWindow, UsageError
+from .ledger_intake import Intake
+from .ledger_runs import Runs
 from .meter import Anchor, Resume
-from .migrations import migrations
 from .records import Charge, Gpu, QueryStatus, Settlement, Slice, Window, WindowKind
 from .units import NS_PER_S
-from .wire import Close, Event, Hello, Open, Progress, RunEnd, RunStart, Sample
 
 NS_PER_DAY = 86_400 * NS_PER_S
 _SHAPE = msgspec.msgpack.Decoder(tuple[tuple[int, ...], tuple[int, ...]])
 
 
-@dataclass(frozen=True, slots=True)
-class StoredQuery:
-    """A query that is not final yet, as the ledger holds it: what a restarted daemon needs to go on."""
-
-    query_id: str
-    worker: str
-    server: str
-    tenant: str | None
-    start_ns: int
-    end_ns: int | None
-    chunks_ns: tuple[int, ...]
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    model: str | None
-    status: QueryStatus
-
-
-@dataclass(frozen=True, slots=True)
-class StoredWorker:
-    """A proxy worker that is not gone: whom settlement waits for after a restart."""
-
-    worker: str
-    boot_id: str
-    offset_ns: int
-    pid: int
-    spool: str
-    servers: str
-    watermark_ns: int
-
-
-class Ledger(Views):
+class Ledger(Intake, Runs):
     """The SQLite ledger. Use as a context manager; see `Views` for what can be asked of it."""
-
-    @classmethod
-    def open(cls, path: Path, *, readonly: bool = False) -> Self:
-        """Open the ledger at `path`; a writer creates and migrates it and takes the writer lock.
-
-        Raises LedgerError if it is missing (readonly), not a ledger, of a newer version, or written by someone else.
-        """
-        if readonly and not path.exists():
-            raise LedgerError(f"there is no ledger at {path}; name one with --db, or run `energyd start` first")
-        if not readonly and not path.parent.is_dir():
-            raise LedgerError(f"the folder {path.parent} does not exist; create it or name another place with --db")
-        lock = None if readonly else _lock(path)
-        try:
-            return cls(_ready(path, readonly=readonly), path, lock)
-        except BaseException:
-            if lock is not None:
-                os.close(lock)
-            raise
-
-    def __init__(self, db: Database, path: Path, lock: int | None) -> None:
-        super().__init__(db)
-        self.path = path
-        self._lock = lock
-        self._gpu_ids: dict[str, int] = {}
-        self._names: dict[tuple[str, str], int] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-        if isinstance(error, sqlite3.Error):
-            with self.reading():
-                raise error
-
-    def close(self) -> None:
-        """Close the database and give up the writer lock."""
-        self.db.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing; SQLite's own complaints (disk full, damaged file) come out as LedgerError.
-
-        Raises UsageError for what the schema refuses: a number beyond 64 bits, a negative count, a sample of a run
-        that never began.
-        """
-        try:
-            with self.db.atomic():
-                yield
-        except BaseException as e:
-            self._names.clear()  # ids handed out inside the lost transaction do not exist
-            if isinstance(e, sqlite3.IntegrityError | OverflowError):
-                raise UsageError(f"the ledger cannot hold this: {e}") from e
-            if isinstance(e, sqlite3.Error):
-                raise LedgerError(f"the ledger {self.path} refused a write: {e}") from e
-            raise
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """Reads within come out as LedgerError if they fail: a damaged page shows only when it is read."""
-        try:
-            yield
-        except sqlite3.Error as e:
-            raise LedgerError(f"{self.path} cannot be read: {e}; restore it from a copy") from e
 
     # -- hosts, boots, GPUs -------------------------------------------------------------------------------------------
 
@@ -219,115 +109,6 @@ class Ledger(Views):
             [self.gpu_id(uuid)],
         ).fetchone()
         return int(row[0] or 0)
-
-    # -- workers and queries ------------------------------------------------------------------------------------------
-
-    def register_worker(self, host_id: str, hello: Hello, offset_ns: int) -> int:
-        """Remember a worker; returns the last sequence number of its events that is committed (0: none)."""
-        with self.transaction():
-            servers = json.dumps([[s.name, s.url, list(s.gpus)] for s in hello.servers])
-            self.db.execute(
-                "INSERT INTO workers (worker, host_id, boot_id, offset_ns, pid, spool, servers) VALUES (?, ?, ?, ?, ?, ?, ?)"
-                " ON CONFLICT (worker) DO UPDATE SET pid = excluded.pid, spool = excluded.spool, gone = 0",
-                [hello.worker, host_id, hello.boot_id, offset_ns, hello.pid, hello.spool, servers],
-            )
-        return int(self.db.execute("SELECT acked_seq FROM workers WHERE worker = ?", [hello.worker]).fetchone()[0])
-
-    def workers(self) -> list[StoredWorker]:
-        """Workers that have not said goodbye."""
-        columns = "worker, boot_id, offset_ns, pid, spool, servers, watermark_ns"
-        return [StoredWorker(**row) for row in self.db.query(f"SELECT {columns} FROM workers WHERE gone = 0")]  # noqa: S608
-
-    def worker_gone(self, worker: str) -> None:
-        """A worker said goodbye, or is dead and left no spool: nobody waits for it any more."""
-        with self.transaction():
-            self.db.execute("UPDATE workers SET gone = 1 WHERE worker = ?", [worker])
-
-    def record(
-        self, host_id: str, worker: str, first_seq: int, events: Sequence[Event], watermark_ns: int, dropped: int = 0
-    ) -> int:
-        """Commit a worker's events (times already in ledger time) and its watermark; returns how many were new.
-
-        Events whose sequence number was committed before are skipped: a batch that is sent twice counts once.
-        """
-        acked = self.db.execute("SELECT acked_seq FROM workers WHERE worker = ?", [worker]).fetchone()
-        if acked is None:
-            raise KeyError(worker)
-        fresh = events[max(0, int(acked[0]) + 1 - first_seq) :]
-        last_seq = first_seq + len(events) - 1 if events else 0  # a heartbeat acknowledges nothing
-        with self.transaction():
-            for event in fresh:
-                self._record_event(host_id, worker, event)
-            self.db.execute(
-                "UPDATE workers SET acked_seq = MAX(acked_seq, ?), watermark_ns = MAX(watermark_ns, ?), dropped = ?"
-                " WHERE worker = ?",
-                [last_seq, watermark_ns, dropped, worker],
-            )
-        return len(fresh)
-
-    def _record_event(self, host_id: str, worker: str, event: Event) -> None:
-        if isinstance(event, Open):
-            tenant = self._name("tenants", event.tenant) if event.tenant else None
-            self.db.execute(
-                "INSERT OR IGNORE INTO queries (query_id, host_id, worker, server, tenant_id, started_ns, status)"
-                " VALUES (?, ?, ?, ?, ?, ?, 'open')",
-                [event.query_id, host_id, worker, event.server, tenant, event.start_ns],
-            )
-        elif isinstance(event, Progress):
-            self.db.execute(
-                "INSERT INTO timelines SELECT query_no, (SELECT COUNT(*) FROM timelines t WHERE t.query_no = q.query_no), ?"
-                " FROM queries q WHERE query_id = ? AND ended_ns IS NULL",  # no part after the end: nothing would remove it
-                [msgspec.msgpack.encode((event.from_ns, event.deltas_us)), event.query_id],
-            )
-            self.db.execute(
-                "UPDATE queries SET chunks = chunks + ? WHERE query_id = ? AND ended_ns IS NULL",
-                [len(event.deltas_us), event.query_id],
-            )
-        else:
-            self._record_close(event)
-
-    def _record_close(self, event: Close) -> None:
-        self.db.execute(
-            "UPDATE queries SET ended_ns = MAX(started_ns + 1, ?), status = ?, http_status = ?, first_byte_ns = ?,"
-            " requested = ?, served = ?, model_id = ?, task_id = ?, stream = ?, prompt_tokens = ?, completion_tokens = ?,"
-            " usage_source = ?, upload_bytes = ? WHERE query_id = ? AND ended_ns IS NULL",
-            [event.end_ns, event.status, event.http_status, event.first_byte_ns, event.requested, event.served,
-             self._name("models", booked_model(event)),
-             self._name("tasks", event.task) if event.task else None, event.stream, event.prompt_tokens,
-             event.completion_tokens, event.usage_source, event.upload_bytes, event.query_id],
-        )  # fmt: skip
-
-    def cut_off(self, query_id: str, end_ns: int) -> None:
-        """A query whose worker died: it ends at the last event seen, status `partial`."""
-        with self.transaction():
-            self.db.execute(
-                "UPDATE queries SET ended_ns = MAX(started_ns + 1, ?), status = 'partial', model_id = ?"
-                " WHERE query_id = ? AND ended_ns IS NULL",
-                [end_ns, self._name("models", model_key(None, None)), query_id],
-            )
-
-    def pending_queries(self) -> list[StoredQuery]:
-        """Queries that are not final, with the times of their chunks."""
-        rows = self.db.query(
-            "SELECT q.*, t.name AS tenant, m.name AS model FROM queries q LEFT JOIN tenants t USING (tenant_id)"
-            " LEFT JOIN models m USING (model_id) WHERE final = 0 ORDER BY query_no"
-        )
-        return [
-            StoredQuery(
-                query_id=r["query_id"], worker=r["worker"] or "", server=r["server"] or "", tenant=r["tenant"],
-                start_ns=r["started_ns"], end_ns=r["ended_ns"], chunks_ns=self._chunks(r["query_no"]),
-                prompt_tokens=r["prompt_tokens"], completion_tokens=r["completion_tokens"], model=r["model"],
-                status=QueryStatus(r["status"]),
-            )
-            for r in list(rows)
-        ]  # fmt: skip
-
-    def _chunks(self, query_no: int) -> tuple[int, ...]:
-        times: list[int] = []
-        for row in self.db.query("SELECT chunks FROM timelines WHERE query_no = ? ORDER BY part", [query_no]):
-            from_ns, deltas_us = msgspec.msgpack.decode(row["chunks"])
-            times.extend(chunk_times(from_ns, deltas_us))
-        return tuple(times)
 
     # -- settling -----------------------------------------------------------------------------------------------------
 
@@ -446,96 +227,6 @@ class Ledger(Views):
             [query_id],
         )
 
-    # -- runs, ratings, events ----------------------------------------------------------------------------------------
-
-    def start_run(self, host_id: str, run: RunStart, started_ns: int) -> None:
-        """A bench run begins; saying so twice changes nothing."""
-        with self.transaction():
-            self.db.execute(
-                "INSERT OR IGNORE INTO runs (run_id, host_id, task_id, model_id, batch_size, url, status, started_ns,"
-                " provenance, summary) VALUES (?, ?, ?, ?, ?, ?, 'running', ?, ?, '{}')",
-                [run.run_id, host_id, self._name("tasks", run.task), self._name("models", run.model), run.batch_size,
-                 run.url, started_ns, json.dumps(run.provenance)],
-            )  # fmt: skip
-
-    def add_samples(self, run_id: str, samples: Sequence[Sample]) -> None:
-        """Sample rows of a run (times in ledger time); a row that is already there is left alone."""
-        with self.transaction():
-            for s in samples:
-                self.db.execute(
-                    "INSERT OR IGNORE INTO run_samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    [run_id, s.phase, s.idx, s.query_id, s.start_ns, s.end_ns, s.ok, s.http_status, s.error],
-                )
-
-    def end_run(self, run: RunEnd) -> None:
-        """A run ended (times in ledger time); raises LedgerError for a run that never began."""
-        with self.transaction():
-            done = self.db.execute(
-                "UPDATE runs SET status = ?, measured_start_ns = ?, measured_end_ns = ?, summary = ? WHERE run_id = ?",
-                [run.status, run.start_ns, run.end_ns, json.dumps(run.summary), run.run_id],
-            )
-            if done.rowcount != 1:
-                raise LedgerError(f"run {run.run_id} is not in this ledger")
-
-    def add_rating(
-        self,
-        rating_id: str,
-        created_ns: int,
-        edition: str,
-        method: str,
-        basis: str,
-        rows: Sequence[Mapping[str, object]],
-    ) -> None:
-        """Stars that were given; the same id twice is stored once."""
-        with self.transaction():
-            self.db.execute(
-                "INSERT OR IGNORE INTO ratings VALUES (?, ?, ?, ?, ?, ?)",
-                [rating_id, created_ns, edition, method, basis, json.dumps(list(rows))],
-            )
-
-    def add_event(self, host_id: str, at_ns: int, kind: str, detail: str, uuid: str | None = None) -> None:
-        """Something happened to the meter that explains its figures: reset, outage, clock step, late queries."""
-        with self.transaction():
-            self.db.execute(
-                "INSERT INTO events (at_ns, host_id, gpu_id, kind, detail) VALUES (?, ?, ?, ?, ?)",
-                [at_ns, host_id, self._gpu_ids.get(uuid or ""), kind, detail],
-            )
-
-    def _name(self, table: str, name: str) -> int:
-        """The id of a model, tenant or task name, created if it is new."""
-        key = (table, name)
-        if key not in self._names:
-            column = {"models": "model_id", "tenants": "tenant_id", "tasks": "task_id"}[table]
-            self.db.execute(f"INSERT OR IGNORE INTO {table} (name) VALUES (?)", [name])  # noqa: S608 - names from the line above
-            row = self.db.execute(f"SELECT {column} FROM {table} WHERE name = ?", [name]).fetchone()  # noqa: S608
-            self._names[key] = int(row[0])
-        return self._names[key]
-
-
-OTHER = "other"
-
-
-def model_key(requested: str | None, served: str | None) -> str:
-    """A model's name in the books: the served name without `@revision`, else the requested one, else `other`."""
-    name = served or requested
-    return (name.split("@", 1)[0] or OTHER) if name else OTHER
-
-
-def booked_model(close: Close) -> str:
-    """The model that a query is booked to: `other` without a 2xx answer, because clients can ask for any name."""
-    answered = close.http_status is not None and 200 <= close.http_status < 300
-    return model_key(close.requested, close.served) if answered else OTHER
-
-
-def chunk_times(from_ns: int, deltas_us: Sequence[int]) -> list[int]:
-    """Absolute times of delta-coded chunks, ns."""
-    times = []
-    at_ns = from_ns
-    for delta in deltas_us:
-        at_ns += delta * 1_000
-        times.append(at_ns)
-    return times
-
 
 def _shape_blob(slices: Sequence[Slice]) -> bytes | None:
     if not slices:
@@ -552,64 +243,3 @@ def _window(uuid: str, row: Mapping[str, Any]) -> Window:
             at_ns += duration_ns
     keys = ("epoch", "seq", "start_ns", "end_ns", "counter_start_mj", "counter_end_mj", "energy_uj", "u_uj", "source")
     return Window(gpu=uuid, kind=WindowKind(row["kind"]), slices=tuple(slices), **{k: row[k] for k in keys})
-
-
-def _ready(path: Path, *, readonly: bool) -> Database:
-    """The database at `path`, known to be a ledger of this version before anything about the file is changed."""
-    connection = None
-    try:
-        if not readonly:
-            # Born private: SQLite would ask the umask.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rw'}"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
-        db = Database(connection)
-        _check(db, path, readonly=readonly)
-        if not readonly:
-            path.chmod(0o600)
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
-            connection.execute("PRAGMA foreign_keys = ON")
-            migrations.apply(db)
-    except BaseException as e:
-        if connection is not None:
-            connection.close()
-        if isinstance(e, sqlite3.Error):
-            raise LedgerError(f"{path} cannot be used as a ledger: {e}") from e
-        if isinstance(e, OSError):
-            raise LedgerError(f"cannot write {path}: {e.strerror}; name another place with --db") from e
-        raise
-    return db
-
-
-def _check(db: Database, path: Path, *, readonly: bool) -> None:
-    known = {m.name for m in migrations._migrations}  # noqa: SLF001 - the library has no public list of a set's names
-    unknown = [m.name for m in migrations.applied(db) if m.name not in known]
-    if unknown:
-        raise LedgerError(f"{path} was written by a newer energyd (it has {unknown[-1]!r}); update energyd to read it")
-    if migrations.pending(db):
-        # A process killed while it made the ledger may have left the migrations' own table, and nothing else.
-        if {*db.table_names()} - {migrations.migrations_table} and not migrations.applied(db):
-            raise LedgerError(f"{path} is a database of something else; name another file with --db")
-        if readonly:
-            raise LedgerError(f"{path} is not a ledger of this version of energyd; open it once with a writing verb")
-
-
-def _lock(path: Path) -> int:
-    """Take the writer lock of the ledger at `path`; raises LedgerError naming the process that holds it."""
-    lock_path = path.with_name(path.name + ".lock")
-    try:
-        handle = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as e:
-        raise LedgerError(f"cannot write {lock_path}: {e.strerror}; name another place with --db") from e
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(handle)
-        raise LedgerError(
-            f"{path} is being written by process {holder} (an energyd daemon?); ask it, or stop it first"
-        ) from e
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
-    return handle

@@ -1,6 +1,6 @@
 """The meter: readings of one GPU in, windows of exact energy out. Pure: no clock, no driver, no ledger.
 
-Decided (DESIGN §4): dense samples, sparse anchors. The counter says how much, the driver's 20 ms samples say when. A
+Decided: dense samples, sparse anchors. The counter says how much, the driver's 20 ms samples say when. A
 window runs from one anchor to the next; its samples are scaled so that they sum to the counter's difference, in integer
 µJ. An anchor read at some instant holds the counter's value at its last step, up to one step earlier; until the grid of
 the steps is learned (planned), the anchor is placed half a step before the read, which leaves an

@@ -1,7 +1,7 @@
 """What is kept how long: shapes a day, windows and charges a week, queries a year; closed hours for ever.
 
 Before the detail of an hour is dropped, a closing entry stores its totals by tenant and model, its row count and a hash
-that is chained to the entry before (DESIGN §10.8). A run pins the windows of its span until it is released, or for 90 days:
+that is chained to the entry before. A run pins the windows of its span until it is released, or for 90 days:
 hours close oldest first, so a pin without end would keep all later detail too.
 """
 

@@ -23,7 +23,8 @@ from .attribution import Policy
 from .attribution.accounts import LEAD_NS, TAIL_NS, divide
 from .attribution.floor import QUIET_DISTANCE_NS, IdleFloor
 from .errors import RefusedWindow
-from .ledger import Ledger, booked_model, chunk_times
+from .ledger import Ledger
+from .ledger_intake import booked_model, chunk_times
 from .meter import Resume
 from .records import Gpu, QueryStatus, Service, Settlement, Unattributed, Window, WindowKind
 from .units import NS_PER_MS, NS_PER_S

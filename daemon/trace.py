@@ -30,7 +30,7 @@ from .records import Counter, Gpu, Samples, Source
 from .units import NS_PER_MS, NS_PER_US, UJ_PER_MJ
 
 DEFAULT_MODEL: Final = "default"
-"""The model of a request that names none (DESIGN §10.10)."""
+"""The model of a request that names none."""
 THIN_NS: Final = 950 * NS_PER_MS
 """Edges come every 100 ms give or take a few: asking for a full second would give 1.1 s windows."""
 

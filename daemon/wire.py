@@ -28,7 +28,7 @@ PATH_STATUS: Final = "/v1/status"
 PATH_RATINGS: Final = "/v1/ratings"
 
 MAX_NAME_BYTES: Final = 256
-"""Names come from clients: longer ones are cut (DESIGN §10.10)."""
+"""Names come from clients: longer ones are cut."""
 
 
 class Server(msgspec.Struct, frozen=True):

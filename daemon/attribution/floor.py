@@ -2,7 +2,7 @@
 
 An H200 idles at 81 W deep, 122 W after work, 138 W with two servers loaded, within minutes. The floor is the 10 %
 quantile of recent quiet stretches (never the median: hidden work must not become "idle"), capped at 1.2 times the lowest
-floor since the set of compute processes last changed (DESIGN §10.6).
+floor since the set of compute processes last changed.
 """
 
 from bisect import insort

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from energyd.daemon.errors import LedgerError, UsageError
-from energyd.daemon.ledger import Ledger, booked_model, chunk_times, model_key
+from energyd.daemon.ledger import Ledger
+from energyd.daemon.ledger_intake import booked_model, chunk_times, model_key
 from energyd.daemon.records import Charge, Settlement, Slice, Source, Unattributed, Window, WindowKind
 from energyd.daemon.units import NS_PER_S
 from energyd.daemon.wire import Close, Event, Hello, Open, Progress, RunEnd, RunStart, Sample, Server

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from energyd.daemon.ledger import Ledger, chunk_times
+from energyd.daemon.ledger import Ledger
+from energyd.daemon.ledger_intake import chunk_times
 from energyd.daemon.offline import _deltas_us, default_db, rival_of, settle_trace
 from energyd.daemon.records import Counter, Gpu, Samples, Source
 from energyd.daemon.trace import Trace, TracedRequest, read_trace

@@ -1,4 +1,4 @@
-"""`kill -9` of a real daemon: no energy lost, none twice, every query once (DESIGN §2.5, §10.4)."""
+"""`kill -9` of a real daemon: no energy lost, none twice, every query once."""
 
 import random
 import time
