@@ -1,6 +1,6 @@
 """Bytes in, bytes out: every method, path and header to the upstream and back, as they arrive, without buffering.
 
-The observer (`record.Watch`) is told of bytes after they were passed on, and can neither fail nor delay a request.
+The observer (`record.Watch`) is told of bytes as they pass: it scans, never parses a large body, and cannot fail a request.
 
 What each precaution prevents: `handler_cancellation` lets a client's leaving abort the upstream at once (else a
 generation runs on for nobody); `auto_decompress=False` on both sides keeps encoded bodies and their lengths true; own
