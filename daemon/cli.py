@@ -21,6 +21,7 @@ _OWN = {
     "export": ("energyd.daemon.verbs", "export"),
     "status": ("energyd.daemon.verbs", "status"),
     "record": ("energyd.daemon.doctor_verbs", "record"),
+    "doctor": ("energyd.daemon.doctor_verbs", "doctor"),
 }
 _GROUP = "energyd.commands"
 
