@@ -168,6 +168,7 @@ def _demonstrate(stack: ExitStack, places: Places, python: Path, samples: int, *
     steps.note(_shown(start))
     meter = stack.enter_context(Companion("energyd start", _energyd(start), log=places.folder / "energyd.log"))
     meter.wait_healthy(f"http://{places.admin}/readyz", _METER_START_S, steps.waiting)
+    meter.wait_healthy(f"http://{places.proxy}/health", _METER_START_S, steps.waiting)
     steps.note(f"clients now talk to http://{places.proxy} instead of the server: the only change they need")
 
     steps.step(f"Replaying {samples} queries to each model")

@@ -57,6 +57,7 @@ def measure(
     command = [*ENERGYD, "start", "--upstream", upstream, "--listen", proxy, "--admin", admin, "--db", str(db)]
     children.append(subprocess.Popen([*command, *arguments.start]))
     _wait(f"http://{admin}/readyz", 60, children[-1])
+    _wait(f"http://{proxy}/health", 60, children[-1])
     result: dict[str, Any] = {
         "command": "python tests/benchmarks/gpu_host.py",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -188,6 +188,7 @@ def metered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     arguments += ["--db", str(folder / "energyd.db"), "--sensor", "estimate", "--estimate-watts", "100"]
     with Companion("energyd start", command(*arguments), log=folder / "energyd.log", cwd=folder) as meter:
         meter.wait_healthy(f"http://{admin}/readyz", 60)
+        meter.wait_healthy(f"http://{listen}/health", 60)
         yield Metered(f"http://{listen}", relay, folder / "energyd.db", model, meter)
     relay.close()
 
