@@ -22,6 +22,7 @@ _OWN = {
     "status": ("energyd.daemon.verbs", "status"),
     "record": ("energyd.daemon.doctor_verbs", "record"),
     "doctor": ("energyd.daemon.doctor_verbs", "doctor"),
+    "window": ("energyd.daemon.window_verb", "window"),
 }
 _GROUP = "energyd.commands"
 
