@@ -178,7 +178,8 @@ HOLE_NS: Final = 200 * NS_PER_MS
 SHORT_RING_NS: Final = 1200 * NS_PER_MS
 """Samples are fetched once a second: a ring that reaches back less leaves holes (an H200's: 2.4 s)."""
 RATIO_WARNS: Final = 0.03
-"""Over 5 s between two well placed edges ±0.5 % is normal under changing load; 25 % sampling shows as far more."""
+"""Probes of 6 s at 40 places of a recorded H200 under serving scatter by 0.8 % (rms), of 2 s by 2.2 %; a sensor
+that looks a quarter of the time is off by far more when the load changes. The stated u, three times, comes on top."""
 RATIO_SPOILS: Final = 0.15
 OLD_SAMPLE_NS: Final = 500 * NS_PER_MS
 FUTURE_SAMPLE_NS: Final = 50 * NS_PER_MS
@@ -375,7 +376,7 @@ def _of_samples(gpu: GpuFacts) -> Iterator[_Words]:
     if gpu.ratio is None:
         return
     off = abs(gpu.ratio.samples_to_counter - 1)
-    if off > RATIO_WARNS + 2 * gpu.ratio.u:
+    if off > RATIO_WARNS + 3 * gpu.ratio.u:
         yield (
             Severity.PROBLEM if off > RATIO_SPOILS else Severity.WARNING,
             f"its samples add up to {gpu.ratio.samples_to_counter:.1%} of its counter",

@@ -148,10 +148,10 @@ def record(
 @click.option(
     "--seconds",
     "per_gpu_s",
-    type=click.FloatRange(3, 600),
+    type=click.FloatRange(1, 600),
     default=6.0,
     show_default=True,
-    help="How long each GPU is looked at; 2 s of it are polled hard.",
+    help="How long each GPU is looked at; up to 2 s of it are polled hard.",
 )
 @click.option(
     "--db", type=click.Path(dir_okay=False, path_type=Path), envvar="ENERGYD_DB",

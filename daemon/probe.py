@@ -10,6 +10,7 @@ few ms, where two reads at any time would leave 100 ms open. Polling hard costs 
 seconds; it disturbs no daemon beside it, but it makes the driver's sample stamps jitter.
 """
 
+import math
 import os
 import statistics
 import threading
@@ -37,7 +38,11 @@ HARD_PAUSE_S: Final = 0.002
 """Between hard reads: an edge is known to about this, and a driver whose calls cost nothing is not hammered."""
 HUNG_S: Final = 10.0
 """How much longer than planned a GPU's probe may take before its driver is said to hang."""
+_WELL: Final = frozenset({"ok", "starting"})
 _LEAST_EDGES: Final = 4
+_LAG_NS: Final = 30 * NS_PER_MS
+"""How far samples and counter may be apart in time, one standard deviation: a reading decays over 50 ms after work ends."""
+_NEAR_NS: Final = 100 * NS_PER_MS
 
 
 class Instants(Protocol):
@@ -119,22 +124,23 @@ class _Film:
 
 def probe_host(
     sensor: Sensor, clock: CostClock, *, per_gpu_s: float, db: Path | None, dev: Path = Path("/dev"),
-    on_gpu: Callable[[Gpu], None] = lambda _: None,
+    on_gpu: Callable[[Gpu], None] = lambda _: None, patience_s: float = HUNG_S,
 ) -> HostFacts:  # fmt: skip
     """Everything that doctor judges; takes about `per_gpu_s` a GPU (at least 3 are sensible).
 
-    `db`: the ledger beside whose socket a daemon may run (None: the default). A GPU whose driver hangs is given up.
+    `db`: the ledger beside whose socket a daemon may run (None: the default). A GPU whose driver hangs is given up
+    `patience_s` after its probe should have ended; the others are still looked at.
     """
     gpus = []
     for gpu in sensor.gpus():
         on_gpu(gpu)
-        gpus.append(_guarded(sensor, clock, gpu, round(per_gpu_s * NS_PER_S)))
+        gpus.append(_guarded(sensor, clock, gpu, round(per_gpu_s * NS_PER_S), patience_s))
     return HostFacts(
         nodes=device_nodes(dev), wall_step_ns=clock.wall_step_ns(), daemon=running_daemon(db), gpus=tuple(gpus)
     )
 
 
-def _guarded(sensor: Sensor, clock: CostClock, gpu: Gpu, probe_ns: int, patience_s: float = HUNG_S) -> GpuFacts:
+def _guarded(sensor: Sensor, clock: CostClock, gpu: Gpu, probe_ns: int, patience_s: float) -> GpuFacts:
     """`probe_gpu` in a thread of its own, so that a driver call that does not return ends in a finding."""
     done: list[GpuFacts] = []
     thread = threading.Thread(target=lambda: done.append(probe_gpu(sensor, clock, gpu, probe_ns)), daemon=True)
@@ -298,8 +304,11 @@ def ratio(a: Edge, b: Edge, samples: Sequence[tuple[int, int]]) -> Ratio | None:
             break
     # The slot that the last edge falls into may not have ended yet: the newest sample stands for it.
     summed_uj += energy_uj(samples[-1][1], b.at_ns - at_ns)
-    u = float(((a.width_ns**2 + b.width_ns**2) / 12) ** 0.5 / over_ns)
-    return Ratio(summed_uj / counted_uj, u, over_ns)
+    # Where the load changes at an edge, a lag between the two counts in full there: it is as much power, for so long.
+    near = [mw for t, mw in samples if min(abs(t - a.at_ns), abs(t - b.at_ns)) <= _NEAR_NS]
+    lag_uj = energy_uj(max(near) - min(near), _LAG_NS) if near else 0
+    placed = ((a.width_ns**2 + b.width_ns**2) / 12) ** 0.5 / over_ns
+    return Ratio(summed_uj / counted_uj, math.hypot(placed, lag_uj / counted_uj), over_ns)
 
 
 def _ring(film: _Film, samples: Sequence[tuple[int, int]]) -> Ring | None:
@@ -352,5 +361,5 @@ def running_daemon(db: Path | None, wall_ns: Callable[[], int] = time.time_ns) -
     return Daemon(
         version=str(told["version"]),
         wall_step_ns=wall_ns() - time.monotonic_ns() - int(told["offset_ns"]),
-        troubles=tuple(f"GPU {g['index']}: {g['state']}" for g in told["gpus"] if g["state"] != "ok"),
+        troubles=tuple(f"GPU {g['index']}: {g['state']}" for g in told["gpus"] if g["state"] not in _WELL),
     )

@@ -244,16 +244,14 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_clear_line() -> None:
+def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     """The disk's refusal is a UsageError that names the file, whatever of it had been written."""
-    file = OutputFile(Path("/tmp") / f"energyd-test-{os.getpid()}.json")  # noqa: S108 - a name of our own, removed below
-    try:
-        file._file.close()
-        file._file = Path("/dev/full").open("wb")  # noqa: SIM115 - closed by write
-        with pytest.raises(UsageError, match="No space left on device; the recording is lost"):
-            file.write([b"x" * 100])
-    finally:
-        file.discard()
+    file = OutputFile(tmp_path / "r.json")
+    file._file.close()
+    file._file = Path("/dev/full").open("wb")  # noqa: SIM115 - closed by write
+    with pytest.raises(UsageError, match=r"r\.json: No space left on device; the recording is lost"):
+        file.write([b"x" * 100])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_is_there_is_not_replaced_unless_told(tmp_path: Path) -> None:
