@@ -71,7 +71,7 @@ def place(counters: Sequence[Counter], origin_ns: int, step_ns: int, stamp_s: Fl
     grid_costs, moved_costs = costs(on_grid[:, seen]), costs(moved[:, seen])
     locked = float(moved_costs.min()) <= float(grid_costs.min())
     u_s = _spread_s(moved_costs if locked else grid_costs, step_s, int((told_mj >= 0).sum()))
-    if u_s >= unlearned.u_s:
+    if u_s > unlearned.u_s / 2:  # hardly better than knowing nothing: a spurious phase would be worse
         return unlearned
     if not locked:
         return Placed(on_grid[int(grid_costs.argmin())], counter_mj, u_s)

@@ -89,12 +89,12 @@ class Recording:
     @property
     def start_ns(self) -> int:
         """The first instant that is covered, unix ns."""
-        return self.origin_ns + ns_from_s(min(self.counter_s[0], *self.stamp_s[:1]))
+        return self.origin_ns + ns_from_s(min([float(self.counter_s[0]), *self.stamp_s[:1]]))
 
     @property
     def end_ns(self) -> int:
         """The last instant that is covered, unix ns."""
-        return self.origin_ns + ns_from_s(max(self.counter_s[-1], *self.stamp_s[-1:]))
+        return self.origin_ns + ns_from_s(max([float(self.counter_s[-1]), *self.stamp_s[-1:]]))
 
 
 def recording(counters: Sequence[Counter], samples: Samples, shape: Shape | None = None) -> Recording:
