@@ -271,6 +271,17 @@ def _of_gpu(gpu: GpuFacts) -> Iterator[Finding]:
             "use --sensor nvml on a host with an NVIDIA GPU",
         )  # fmt: skip
         return
+    if gpu.source is Source.NVML_POWER:
+        yield found(
+            warning, "it has no energy counter: its power readings are summed up",
+            "what flows between two readings is guessed; figures carry the source `nvml-power`",
+            "it takes a Volta GPU or newer and no vGPU guest",
+        )  # fmt: skip
+    if "GH200" in gpu.name:
+        yield found(
+            note, "its counter covers the module, the CPU in it as well",
+            "figures hold more than those of a GPU alone and do not compare with them",
+        )  # fmt: skip
     if gpu.persistence is False:
         yield found(
             warning, "persistence mode is off",

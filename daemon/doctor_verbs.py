@@ -6,7 +6,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +45,19 @@ def _settings(sensor: str, trace: Path | None, estimate_watts: float | None, gpu
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM has come since: they end a recording, they do not throw it away."""
+    """Whether Ctrl-C, SIGTERM or a hangup has come since: they end a recording, they do not throw it away."""
     asked = False
 
     def ask(_number: int, _frame: object) -> None:
         nonlocal asked
         asked = True
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if (
+        signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    ):  # under nohup the recording is meant to outlive the terminal
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: asked
     finally:
@@ -230,8 +235,11 @@ def _print(host: "HostFacts", findings: "Sequence[Finding]", well: bool) -> None
         for what, seen in _rows(gpu):
             table.add_row(what, seen)
         console.print(table)
-    for f in findings:
-        console.print(f"{f.severity.upper()} {f.where}: {f.what}", soft_wrap=True)
+    where: dict[Finding, list[str]] = {}
+    for f in findings:  # eight GPUs with one trouble are one paragraph
+        where.setdefault(replace(f, where=""), []).append(f.where)
+    for f, places in where.items():
+        console.print(f"{f.severity.upper()} {', '.join(places)}: {f.what}", soft_wrap=True)
         console.print(f"    means: {f.meaning}", soft_wrap=True)
         if f.remedy:
             console.print(f"    do: {f.remedy}", soft_wrap=True)

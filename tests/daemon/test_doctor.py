@@ -100,6 +100,8 @@ def test_a_host_that_is_well_has_no_finding() -> None:
         ({"persistence": False}, "warning", "persistence mode is off"),
         ({"name": "NVIDIA H100 80GB HBM3 (MIG)"}, "warning", "MIG is on"),
         ({"name": "NVIDIA H200"}, "note", "NVIDIA H200 is not the official hardware"),
+        ({"name": "NVIDIA GH200 480GB"}, "note", "its counter covers the module"),
+        ({"source": Source.NVML_POWER}, "warning", "it has no energy counter"),
         ({"source": Source.ESTIMATE}, "warning", "of the source `estimate`"),
     ],
 )
@@ -175,13 +177,14 @@ def test_every_fact_is_in_the_json() -> None:
 
 
 def test_people_get_a_table_for_each_gpu(nvml: Says, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without --json: one table a GPU with what was seen, then each finding with its meaning and remedy."""
+    """Without --json: one table a GPU with what was seen, then each finding once, with its meaning and remedy."""
     monkeypatch.setenv("ENERGYD_FAKE_NVML_GPUS", "2")
     done = verb("--seconds", "1")
     assert done.returncode == 0
     assert [done.stdout.count(f"GPU {i} energyd emulated GPU") for i in range(2)] == [1, 1]
     wanted = ("persistence mode", "every 20.0 ms", "samples / counter", "119 over 2.38 s", "means: ", "do: ", "350.0 W")
     assert [w for w in wanted if w not in done.stdout] == []
+    assert done.stdout.count("WARNING GPU 0, GPU 1: its figures are of the source `emulated`") == 1
 
 
 def test_a_problem_ends_with_exit_code_1(nvml: Says) -> None:

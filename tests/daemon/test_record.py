@@ -214,9 +214,9 @@ def test_a_recording_can_be_replayed_as_a_sensor(tmp_path: Path) -> None:
     assert sensor.read(sensor.gpus()[0]).counter is not None
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_early_end_keeps_a_whole_file(tmp_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C and SIGTERM end the recording cleanly: exit 0, the file whole under its name, nothing beside it."""
+    """Ctrl-C, SIGTERM and a lost terminal end the recording cleanly: exit 0, the file whole under its name, nothing beside it."""
     target = tmp_path / "r.json.gz"
     command = [sys.executable, "-m", "energyd.daemon.cli", "record", "--sensor", "replay", "--trace", str(TRACE)]
     with subprocess.Popen(
