@@ -117,12 +117,12 @@ def record(
     assert source is not None  # noqa: S101 - the choices hold no `none`
     file = OutputFile(output, force=force)
     try:
-        click.echo(
-            f"recording {', '.join(f'GPU {g.index} {g.name} ({g.source})' for g in source.gpus())}"
-            f" for {duration:g} s; Ctrl-C ends it earlier and keeps the file",
-            err=True,
-        )
         with _asked_to_stop() as stopped:
+            click.echo(
+                f"recording {', '.join(f'GPU {g.index} {g.name} ({g.source})' for g in source.gpus())}"
+                f" for {duration:g} s; Ctrl-C ends it earlier and keeps the file",
+                err=True,
+            )
             found = record_from(
                 source, clock, duration_ns=ns_from_s(duration), period_ns=ns_from_s(every), stopped=stopped
             )
