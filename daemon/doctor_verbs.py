@@ -1,8 +1,5 @@
 """Verbs that look at a live host: `record` takes its readings along, `doctor` judges them."""
 
-# ruff: noqa: PLC0415 - a verb imports what it needs when it runs: `energyd --help` stays fast
-
-import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -241,10 +241,16 @@ def _gpus(
             index=place if isinstance(gpu, str) else gpu,
             name=name,
             driver=driver,
-            source=Source.RECORDING,
+            source=_source(info),
         )
         for place, gpu in enumerate(ordered)
     }
+
+
+def _source(info: dict[str, Any]) -> Source:
+    """A recorded estimate or emulation stays one: recording it makes no measurement of it."""
+    kept = {str(s): s for s in (Source.ESTIMATE, Source.EMULATED)}
+    return kept.get(str(info.get("source")), Source.RECORDING)
 
 
 def _request(i: int, r: _Request) -> TracedRequest:

@@ -71,6 +71,22 @@ def test_a_recording_without_uuid_gets_one_and_says_that_it_is_a_recording() -> 
     ) == ("recording-0", 0, "NVIDIA H200", "580.159.04", Source.RECORDING)
 
 
+@pytest.mark.parametrize(
+    ("said", "source"),
+    [
+        ("estimate", "estimate"),
+        ("emulated", "emulated"),
+        ("nvml-counter", "recording"),
+        ("x", "recording"),
+        (None, "recording"),
+    ],
+)
+def test_a_recorded_estimate_stays_an_estimate(said: str | None, source: str) -> None:
+    """What `energyd record` took from an estimate or an emulator is marked as such when it is booked elsewhere."""
+    trace = parse_trace(json.dumps({"info": {"source": said}, "anchors": [[1, 2, 3], [4, 5, 6]]}).encode())
+    assert trace.gpus[0].source == source
+
+
 def test_edges_stand_in_for_anchors_about_one_a_second() -> None:
     """The metrology recording has edges every 100 ms: they are thinned, first and last stay, requests are empty."""
     trace = read_trace(DATA / "h200_metrology.json.gz")
