@@ -1,6 +1,6 @@
 """The energy of any window [t0, t1], with its uncertainty. Pure: readings in, a figure out.
 
-What a power sample is, measured on an H200 by bursts of known work: the GPU's power behind a low pass of 12.5 ms, 4 ms
+What a power sample is, measured on an H200 by bursts of known work: the GPU's power behind a low pass of 13 ms, 4 ms
 late, *read at the stamp*. (The mean over 20 ms that the rest of energyd assumes is the same thing over a second, but a
 7 ms burst read that way is wrong by a third.) A change of power is therefore still arriving 40 ms after it happened, and
 the energy of a short window lies mostly in samples after its end.
@@ -13,7 +13,8 @@ So the power is *solved for* and not read off: cells of about 10 ms, cut at the 
 
 The window's energy is the sum of its cells, and the solution's covariance is its error bar. Nothing needs to be told
 whether other work overlaps: an isolated burst is pinned by the counter, since nothing else in the interval could have
-drawn the energy; in a steady load the samples decide. A long window is solved at its two ends only; the counter, which
+drawn the energy; in a steady load the samples decide. What the samples cannot show stays unknown: work that alternates as
+fast as they come (10 ms on, 10 ms off) looks steady, and a window on one of its halves errs by half. A long window is solved at its two ends only; the counter, which
 cannot drift, is exact in between.
 """
 
@@ -42,9 +43,9 @@ class Shape:
     """
 
     delay_ns: int = 4 * NS_PER_MS
-    lag_ns: int = 12_500 * NS_PER_US
+    lag_ns: int = 13_000 * NS_PER_US
     step_ns: int = 100 * NS_PER_MS
-    edge_ns: int = 1_500 * NS_PER_US
+    edge_ns: int = 1_800 * NS_PER_US
 
 
 _LEARN_S: Final = 120.0
@@ -62,11 +63,11 @@ _BEFORE_S: Final = 0.008
 """Stamps of caller and driver agree to a few ms: an isolated burst may seem to begin before its window."""
 _ROUNDS: Final = 4
 _FIRST_STEP_MW: Final = 200_000.0
-_EDGE_STEP_MW: Final = 600_000.0
+_EDGE_STEP_MW: Final = 1_200_000.0
 _LEAST_STEP_MW: Final = 3_000.0
 _NOISE_MW: Final = 1_000.0
 _NOISE_REL: Final = 0.003
-_STAMP_S: Final = 0.0006
+_STAMP_S: Final = 0.0008
 _ANCHOR_SHAPE_S: Final = 0.015
 """Doubt about an anchor among changing power: how the counter's own filter weighs the change is not known."""
 _FLOOR_U_MW: Final = 1_000.0
@@ -145,9 +146,9 @@ class WindowEnergy:
     `energy_uj`: floor × duration + `net_uj`. `net_uj`: what the work in the window drew above the idle floor, µJ; with
     quiet around it, what the sensor saw late is included; may be slightly negative for idle windows. `floor_mw`: the
     idle level near the window. `rel_u`: one standard deviation, relative to `energy_uj`, for comparing figures of one
-    GPU: sample noise, stamp jitter and placing of anchors (the solution's covariance), the window's edges (1.5 ms each
+    GPU: sample noise, stamp jitter and placing of anchors (the solution's covariance), the window's edges (1.8 ms each
     times the change of power there), the floor. `abs_uj`: one standard deviation in µJ with the sensor's gain (±5 %).
-    `method`: `isolated` (quiet on both sides), `shape` (other work near), `samples` (no counter interval around it),
+    `method`: `isolated` (quiet on both sides), `shape` (other work near), `samples` (no counter interval in reach),
     `counter` (no samples: straight lines between anchors).
     """
 
@@ -176,8 +177,7 @@ def window_energy(of: Recording, start_ns: int, end_ns: int) -> WindowEnergy:
     seen = (of.stamp_s > start_s - _LEARN_S - 1) & (of.stamp_s < end_s + _LEARN_S + 1)
     stamp_s, power_mw = of.stamp_s[seen], of.power_mw[seen]
     placed = place(of.counters[first:last], of.origin_ns, of.shape.step_ns, stamp_s, power_mw)
-    if np.any(np.diff(placed.counter_mj)[(placed.at_s[1:] > start_s) & (placed.at_s[:-1] < end_s)] < 0):
-        raise UsageError(f"the counter restarted within the window {start_ns} {end_ns}: its energy is not known")
+    placed = _unbroken(placed, start_s, end_s)
     close = (stamp_s > start_s - _PAD_S) & (stamp_s < end_s + 3 * _PAD_S)
     if close.sum() < 3:
         return _from_counter(placed, start_s, end_s)
@@ -186,11 +186,24 @@ def window_energy(of: Recording, start_ns: int, end_ns: int) -> WindowEnergy:
     duration_s = end_s - start_s
     total_mj = middle_mj + sum(p.energy_mj - scene.floor_mw * p.past_s for p in parts)
     net_mj = total_mj - scene.floor_mw * duration_s
-    edge_mj = seconds(of.shape.edge_ns) * max(0.0, net_mj / duration_s) * math.sqrt(2)
+    # A burst shorter than the sensor's lag arrives as one hump: where in it the work lay moves little of it out.
+    edge_mj = max(0.0, net_mj) * math.sqrt(2) * seconds(of.shape.edge_ns) / (duration_s + seconds(of.shape.lag_ns))
     floor_mj = _FLOOR_U_MW * sum(p.past_s for p in parts)
     u_mj = math.sqrt(middle_var + sum(p.var for p in parts) + edge_mj**2 + floor_mj**2)
     method = "isolated" if parts[0].quiet[0] and parts[-1].quiet[1] else "shape"
-    return _result(total_mj, net_mj, u_mj, method if all(p.anchored for p in parts) else "samples", scene.floor_mw)
+    return _result(total_mj, net_mj, u_mj, method if any(p.anchored for p in parts) else "samples", scene.floor_mw)
+
+
+def _unbroken(placed: Placed, start_s: float, end_s: float) -> Placed:
+    """The anchors around the window between which the counter did not restart; refuses one that did so within it."""
+    falls = np.flatnonzero(np.diff(placed.counter_mj) < 0)
+    if np.any((placed.at_s[falls + 1] > start_s) & (placed.at_s[falls] < end_s)):
+        raise UsageError(
+            "the counter restarted within the window: its energy is not known; ask for the parts around it"
+        )
+    first = max((int(i) + 1 for i in falls if placed.at_s[i + 1] <= start_s), default=0)
+    last = min((int(i) + 1 for i in falls if placed.at_s[i] >= end_s), default=len(placed.at_s))
+    return Placed(placed.at_s[first:last], placed.counter_mj[first:last], placed.u_s)
 
 
 def _result(total_mj: float, net_mj: float, u_mj: float, method: str, floor_mw: float) -> WindowEnergy:
@@ -209,18 +222,18 @@ def _parts(scene: _Scene, start_s: float, end_s: float) -> tuple[list[_Part], fl
     """The parts to solve, and the energy (mJ) between them with its variance: 0 for a short window."""
     if end_s - start_s <= _LONG_S:
         return [_solved(scene, start_s, end_s, (True, True))], 0.0, 0.0
-    at_s = scene.placed.at_s
+    at_s, counter_mj = scene.placed.at_s, scene.placed.counter_mj
     inside = np.flatnonzero((at_s >= start_s + _END_S) & (at_s <= end_s - _END_S))
-    if len(inside) and at_s[inside[0]] < start_s + _REACH_S and at_s[inside[-1]] > end_s - _REACH_S:
-        first_s, last_s = float(at_s[inside[0]]), float(at_s[inside[-1]])
-        middle_mj = float(scene.placed.counter_mj[inside[-1]] - scene.placed.counter_mj[inside[0]])
-        powers_mw = np.interp([first_s, last_s], scene.stamp_s, scene.power_mw)
-        var = float(((powers_mw * scene.placed.u_s) ** 2).sum())
-    else:  # the counter was not read in here: the samples alone
-        first_s, last_s = start_s + _END_S, end_s - _END_S
-        ends_mj = integral_mj(scene.stamp_s, scene.power_mw, np.array([first_s, last_s]))
-        middle_mj = float(ends_mj[1] - ends_mj[0])
-        var = (_DRIFT_REL * middle_mj) ** 2
+    low_s, high_s = (float(at_s[inside[0]]), float(at_s[inside[-1]])) if len(inside) else (end_s, end_s)
+    first_s = low_s if low_s <= start_s + _REACH_S else start_s + _END_S
+    last_s = high_s if len(inside) and high_s >= end_s - _REACH_S else end_s - _END_S
+    low_s, high_s = min(low_s, last_s), min(high_s, last_s)
+    counted_mj = float(counter_mj[inside[-1]] - counter_mj[inside[0]]) if len(inside) else 0.0
+    ends_mj = integral_mj(scene.stamp_s, scene.power_mw, np.array([first_s, low_s, high_s, last_s]))
+    sampled_mj = float(ends_mj[1] - ends_mj[0] + ends_mj[3] - ends_mj[2])  # where the counter was not read
+    middle_mj = counted_mj + sampled_mj
+    powers_mw = np.interp([first_s, last_s], scene.stamp_s, scene.power_mw)
+    var = float(((powers_mw * scene.placed.u_s) ** 2).sum()) + (_DRIFT_REL * sampled_mj) ** 2
     parts = [_solved(scene, start_s, first_s, (True, False)), _solved(scene, last_s, end_s, (False, True))]
     return parts, middle_mj, var
 
@@ -288,10 +301,11 @@ def _solved(scene: _Scene, start_s: float, end_s: float, is_edge: tuple[bool, bo
     noise = np.sqrt(_NOISE_MW**2 + (_NOISE_REL * power_mw) ** 2 + (_STAMP_S * swing / 0.020) ** 2)
     rows, told = [filtered(stamp_s) / noise[:, None]], [power_mw / noise]
     if len(anchor_s) > 1:
-        u_mj = _anchor_u(anchor_s, scene.placed.u_s, stamp_s, power_mw)
-        pair_u_mj = np.hypot(u_mj[1:], u_mj[:-1]) + 1.0
-        rows.append(np.diff(counted(anchor_s), axis=0) / pair_u_mj[:, None])
-        told.append(np.diff(anchor_mj) / pair_u_mj)
+        u_mj = _anchor_u(anchor_s, scene.placed.u_s, stamp_s, power_mw) + 1.0
+        share = u_mj**-2 / (u_mj**-2).sum()  # where the counter began is nobody's energy: only differences count
+        gains_s = counted(anchor_s)
+        rows.append((gains_s - share @ gains_s) / u_mj[:, None])
+        told.append((anchor_mj - share @ anchor_mj) / u_mj)
     edges = [
         int(np.abs(cuts_s[1:-1] - e).argmin()) for e, real in ((first_s, is_edge[0]), (last_s, is_edge[1])) if real
     ]

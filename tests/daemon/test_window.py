@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,25 @@ def test_a_long_window_is_the_counters() -> None:
     assert energy.rel_u < 2e-3
 
 
+def test_a_long_window_where_the_counter_was_seldom_read() -> None:
+    """Readings 10 s apart within 20 s of load, and none in reach of its ends: samples fill in, the figure stays right."""
+    counters, samples = made(lambda t: 600.0 if 10 <= t < 30 else IDLE_W, 40.0)
+    readings = recording([counters[i] for i in (1, 15, 25, 38)], samples)
+    energy = window_energy(readings, ns(10), ns(30))
+    assert abs(energy.energy_uj / 1e6 - 600 * 20) <= 2 * energy.rel_u * energy.energy_uj / 1e6
+    assert energy.rel_u > window_energy(steady(), ns(10), ns(30)).rel_u
+
+
+def test_windows_that_tile_a_recording_sum_to_the_counter() -> None:
+    """A minute of real serving in pieces of 1.7 s: their sum is the whole window's, to a part in a thousand."""
+    trace = read_trace(DATA / "h200_vllm_llama8b_eager.json.gz")
+    readings = recording(trace.anchors[0], trace.samples[0])
+    cuts = range(trace.anchors[0][3].before_ns, trace.anchors[0][70].before_ns, 1_700 * NS_PER_MS)
+    pieces = [window_energy(readings, a, b).energy_uj for a, b in pairwise(cuts)]
+    whole = window_energy(readings, cuts[0], cuts[-1])
+    assert sum(pieces) == pytest.approx(whole.energy_uj, rel=1e-3)
+
+
 def test_serving_for_minutes_agrees_with_the_counter() -> None:
     """Windows between readings of a real serving run get what the counter gained, within half a step at full power."""
     trace = read_trace(DATA / "h200_vllm_llama8b_eager.json.gz")
@@ -228,6 +248,18 @@ def test_a_restart_of_the_counter_in_the_window_is_refused() -> None:
     with pytest.raises(UsageError, match="restarted"):
         window_energy(readings, ns(18.2), ns(21.7))
     assert window_energy(readings, ns(10.3), ns(10.5)).method == "isolated"
+
+
+@pytest.mark.parametrize(("start_s", "end_s"), [(20.30, 20.50), (18.30, 18.50)])
+def test_a_restart_near_the_window_does_not_reach_it(start_s: float, end_s: float) -> None:
+    """The readings on the far side of a restart say nothing: a window close to it is right without them."""
+    counters, samples = made(pulse(0.3, 0.5), 40.0)
+    for at in (19, 20, 21):
+        fallen = counters[:at] + [replace(c, counter_mj=c.counter_mj - 5_000_000) for c in counters[at:]]
+        if counters[at - 1].before_ns < ns(end_s) and counters[at].before_ns > ns(start_s - 0.1):
+            continue
+        energy = window_energy(recording(fallen, samples), ns(start_s), ns(end_s))
+        assert abs(energy.energy_uj / 1e6 - 140.0) <= 2 * energy.rel_u * energy.energy_uj / 1e6
 
 
 @pytest.mark.parametrize(
