@@ -2,7 +2,7 @@
 
 What a power sample is, measured on an H200 by bursts of known work: the GPU's power behind a low pass of 13 ms, 4 ms
 late, *read at the stamp*. (The mean over 20 ms that the rest of energyd assumes is the same thing over a second, but a
-7 ms burst read that way is wrong by a third.) A change of power is therefore still arriving 40 ms after it happened, and
+24 ms burst read that way can be wrong by 30 %.) A change of power is therefore still arriving 40 ms after it happened, and
 the energy of a short window lies mostly in samples after its end.
 
 So the power is *solved for* and not read off: cells of about 10 ms, cut at the window's edges, such that
@@ -14,8 +14,8 @@ So the power is *solved for* and not read off: cells of about 10 ms, cut at the 
 The window's energy is the sum of its cells, and the solution's covariance is its error bar. Nothing needs to be told
 whether other work overlaps: an isolated burst is pinned by the counter, since nothing else in the interval could have
 drawn the energy; in a steady load the samples decide. What the samples cannot show stays unknown: work that alternates as
-fast as they come (10 ms on, 10 ms off) looks steady, and a window on one of its halves errs by half. A long window is solved at its two ends only; the counter, which
-cannot drift, is exact in between.
+fast as they come (10 ms on, 10 ms off) looks steady, and a window on one of its halves errs by half. A long window is
+solved at its two ends only; the counter, which cannot drift, is exact in between.
 """
 
 import math
@@ -39,7 +39,9 @@ class Shape:
     """How a GPU's sensor follows its power; defaults measured on an H200 (driver 580).
 
     A sample is the power `delay_ns` earlier behind a low pass of time constant `lag_ns`; the counter changes every
-    `step_ns`. `edge_ns`: one standard deviation of when work begins or ends against the times that the caller states.
+    `step_ns`. `edge_ns`: one standard deviation of when work begins or ends against the times that the caller states;
+    set so that two standard deviations cover repeats of the same work, which differ by the GPU's clock as well (±2.6 %
+    at 118 ms, seen by the counter alone too).
     """
 
     delay_ns: int = 4 * NS_PER_MS
