@@ -1,5 +1,6 @@
 """Verbs that look at a live host: `record` takes its readings along, `doctor` judges them."""
 
+import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
