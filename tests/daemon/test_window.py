@@ -26,6 +26,7 @@ from tests.benchmarks.meter import errors, measured, plain_uj, rms, series, tren
 
 DATA = Path(__file__).parent.parent / "data"
 BURSTS, METROLOGY = DATA / "h200_bursts.json.gz", DATA / "h200_metrology.json.gz"
+HELD_OUT = DATA / "h200_bursts_held_out.json.gz"
 T0 = 1_800_000_000 * NS_PER_S
 IDLE_W = 120.0
 
@@ -116,6 +117,25 @@ def test_stated_uncertainty_covers_the_truth() -> None:
             stated = np.array([w.rel_u for w in ours])
             assert np.median(stated) <= 2.5 * rms(off), one.label
             inside, count = inside + int((abs(off) <= 2 * stated).sum()), count + len(bursts)
+    assert count >= 200
+    assert inside / count >= 0.95
+
+
+def test_a_recording_that_nothing_was_fitted_to() -> None:
+    """Taken after every constant was set: errors stay small, no bias shows, and the stated uncertainty covers the truth.
+
+    Pooled over all sizes, isolated, back to back and alternating.
+    """
+    inside, count = 0, 0
+    limits = {"iso28": 0.06, "iso118": 0.03, "iso494": 0.01, "iso2000": 0.002, "row118": 0.035}
+    for one in series(HELD_OUT):
+        bursts = one.bursts[:: -(-len(one.bursts) // 40)]
+        ours = measured(HELD_OUT, bursts)
+        off = errors([w.energy_uj for w in ours], [one.truth_uj(b) for b in bursts])
+        inside += int((abs(off) <= 2 * np.array([w.rel_u for w in ours])).sum())
+        count += len(bursts)
+        assert rms(off) <= limits.get(one.label, 1.0), one.label
+        assert abs(off.mean()) <= 0.03, one.label
     assert count >= 200
     assert inside / count >= 0.95
 
