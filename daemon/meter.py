@@ -180,7 +180,7 @@ class Meter:
 def _shape(start_ns: int, end_ns: int, energy: int, samples: list[tuple[int, int]]) -> tuple[Slice, ...]:
     """Cut [start, end) at the sample stamps and give each part its share of `energy`; exact.
 
-    A sample is the mean over the slot that *ends* at its stamp (measured: a 10 ms on, 10 ms off load reads steadily).
+    A sample stands for the slot that *ends* at its stamp: right over the second of a window; `window` solves for less.
     """
     parts: list[tuple[int, int, int | None]] = []  # start, end, power (None: a hole)
     at_ns = start_ns

@@ -95,7 +95,7 @@ class Counter:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Power samples of the driver: `power_mw[i]` is the mean over the slot that ends at `end_ns[i]`; ascending."""
+    """Power samples of the driver: `power_mw[i]` stands for the slot that ends at `end_ns[i]`; ascending (see `window`)."""
 
     end_ns: tuple[int, ...]
     power_mw: tuple[int, ...]
