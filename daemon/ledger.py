@@ -146,6 +146,11 @@ class Ledger(Intake, Runs):
         return True
 
     def _charge(self, gpu_id: int, key: tuple[int, int], charges: Iterable[Charge]) -> None:
+        """Charges, and the query's sums; the source goes with the first joule: no figure is ever without one."""
+        found = self.db.execute(
+            "SELECT source FROM windows WHERE gpu_id = ? AND epoch = ? AND seq = ?", [gpu_id, *key]
+        ).fetchone()
+        source = found[0] if found else None
         for c in charges:
             self.db.execute(
                 "INSERT INTO charges SELECT ?, ?, ?, query_no, ?, ? FROM queries WHERE query_id = ?",
@@ -153,8 +158,8 @@ class Ledger(Intake, Runs):
             )
             self.db.execute(
                 "UPDATE queries SET active_uj = COALESCE(active_uj, 0) + ?, standing_uj = COALESCE(standing_uj, 0) + ?,"
-                " spread_uj = spread_uj + ? WHERE query_id = ?",
-                [c.active_uj, c.standing_uj, c.spread_uj, c.query_id],
+                " spread_uj = spread_uj + ?, source = COALESCE(?, source) WHERE query_id = ?",
+                [c.active_uj, c.standing_uj, c.spread_uj, source, c.query_id],
             )
 
     def _book_day(self, gpu_id: int, day: int, settlement: Settlement) -> None:
@@ -203,7 +208,7 @@ class Ledger(Intake, Runs):
         with self.transaction():
             for query_id, status, rel_u, source in finals:
                 done = self.db.execute(
-                    "UPDATE queries SET final = 1, status = COALESCE(?, status), rel_u = ?, source = ?"
+                    "UPDATE queries SET final = 1, status = COALESCE(?, status), rel_u = ?, source = COALESCE(?, source)"
                     " WHERE query_id = ? AND final = 0",
                     [str(status) if status else None, rel_u, source, query_id],
                 )

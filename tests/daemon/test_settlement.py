@@ -525,3 +525,17 @@ def test_a_window_that_breaks_a_law_is_set_aside_and_the_next_ones_settle(tmp_pa
         accounts = {a.account for a in desk.ledger.account_totals()}
         assert f"unattributed:{Unattributed.UNKNOWN}" in accounts
         assert findings(desk.ledger) == []
+
+
+def test_a_provisional_figure_has_its_source(tmp_path: Path) -> None:
+    """While a long query's first windows are settled and its last are not, its energy is there, and so is its source."""
+    card = Card(gpu_named(), busy=[(5.0, 12.0)])
+    with Desk(tmp_path / "e.db", card, limits=Limits(horizon_ns=2 * NS_PER_S)) as desk:
+        desk.hello()
+        desk.run(5)
+        desk.say(opened("q", 5))
+        desk.run(6)
+        row = desk.query("q")
+        assert (row["active_uj"] or 0) > 0
+        assert not row["final"]
+        assert row["source"] == str(card.gpu.source)

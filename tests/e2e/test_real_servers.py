@@ -154,11 +154,11 @@ class Metered(NamedTuple):
         return {row["query_id"]: row for row in map(json.loads, done.stdout.splitlines())}
 
     def settled(self, ids: set[str]) -> dict[str, dict[str, Any]]:
-        """The exported queries, once every one of `ids` has an energy."""
+        """The exported queries, once every one of `ids` has its final energy: a provisional one has no `rel_u` yet."""
         deadline = time.monotonic() + SETTLED_WITHIN_S
         while True:
             rows = self.queries()
-            if all(rows.get(i, {}).get("active_energy_uj") is not None for i in ids):
+            if all(rows.get(i, {}).get("rel_u") is not None for i in ids):
                 return rows
             assert time.monotonic() < deadline, f"no energy yet: {[rows.get(i) for i in ids]}"
             time.sleep(0.5)
