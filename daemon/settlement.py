@@ -266,12 +266,6 @@ class Books:
         self._finish(now_ns)
         return settled
 
-    def settle_all(self, now_ns: int) -> int:
-        """Settle every window as if all workers had said everything (end of a recording, or of the daemon's patience)."""
-        for worker in list(self._workers):
-            self.bye(worker, now_ns)
-        return self.advance(now_ns)
-
     def _tend_workers(self, now_ns: int) -> None:
         """Advance the touch clock; give up on workers that are dead without a spool, or silent for too long."""
         elapsed_ns = max(0, min(now_ns - self._advanced_ns, NS_PER_S * 2))

@@ -36,11 +36,6 @@ def watt_hours(energy: float) -> float:
     return energy / UJ_PER_WH
 
 
-def uj_from_wh(energy_wh: float) -> int:
-    """Wh to µJ, rounded to the nearest integer."""
-    return round(energy_wh * UJ_PER_WH)
-
-
 def watts(power_mw: float) -> float:
     """MW (milliwatts) to W."""
     return power_mw / MW_PER_W
